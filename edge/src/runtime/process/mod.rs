@@ -1,0 +1,1 @@
+//! Containers as supervised processes of the host.

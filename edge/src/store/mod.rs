@@ -1,0 +1,1 @@
+//! redb: the only module that touches it.

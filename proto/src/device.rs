@@ -1,0 +1,1 @@
+//! The Device API as both sides read it.

@@ -1,0 +1,28 @@
+//! The contract between the Skerry provider and the edge daemon.
+//!
+//! * [`link`]: the gRPC messages and services, generated from `proto/skerry/link/v1/link.proto`, which is the
+//!   document to read about the protocol;
+//! * [`SiteName`], [`SpiffeId`], [`TrustDomain`]: the names that both sides check;
+//! * [`object`]: how an API object is hashed and packed for the link;
+//! * [`device`]: the Device API as both sides read it;
+//! * [`limits`]: sizes that both sides enforce.
+
+pub mod device;
+pub mod limits;
+pub mod object;
+mod site;
+mod spiffe;
+
+pub use site::{InvalidSiteName, SiteName};
+pub use spiffe::{InvalidSpiffeId, SpiffeId, TrustDomain};
+
+/// Messages and services of the cloud-edge link, generated from `link.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
+pub mod link {
+    tonic::include_proto!("skerry.link.v1");
+
+    /// The newest protocol version that this build speaks.
+    pub const PROTOCOL_MAX: u32 = 1;
+    /// The oldest protocol version that this build speaks.
+    pub const PROTOCOL_MIN: u32 = 1;
+}
