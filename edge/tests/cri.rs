@@ -12,9 +12,9 @@ use std::time::Duration;
 use containerd::{BUSYBOX, Containerd};
 use skerry_edge::runtime::cri::CriRuntime;
 use skerry_edge::runtime::{
-    Container, ContainerConfig, ContainerId, ContainerState, DnsConfig, ExecRequest, NamespaceOptions,
-    Resources, Runtime, RuntimeError, SandboxConfig, SandboxId, SandboxState, Security, StreamEndpoint,
-    labels,
+    Container, ContainerConfig, ContainerId, ContainerState, DnsConfig, ExecRequest, Mount, NamespaceOptions,
+    Propagation, Resources, Runtime, RuntimeError, SandboxConfig, SandboxId, SandboxState, Security,
+    StreamEndpoint, labels,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -331,4 +331,57 @@ async fn after_a_restart_of_the_engine_the_same_daemon_goes_on_and_sees_changes(
     let (code, stopped) = tokio::join!(wait_for(&runtime, &container, exit_code), stop);
     stopped.unwrap();
     assert_eq!(code, 137);
+}
+
+#[tokio::test]
+async fn mounts_identity_limits_and_the_hosts_network_reach_the_container() {
+    let engine = Containerd::start(106);
+    let runtime = CriRuntime::connect(engine.socket(), "test");
+    let mut pod = sandbox_config("host", &engine);
+    pod.namespaces.host_network = true;
+    pod.hostname = String::new();
+    let volume = engine.scratch().join("volume");
+    fs::create_dir_all(&volume).unwrap();
+    fs::write(volume.join("file"), "from the host").unwrap();
+    fs::create_dir_all(pod.log_directory.join("main")).unwrap();
+    let sandbox = runtime.run_sandbox(&pod).await.unwrap();
+    let script = "cat /volume/file; touch /volume/new || echo read-only; id -u; id -g; id -G; \
+                  readlink /proc/self/ns/net; grep NoNewPrivs /proc/self/status; grep CapEff /proc/self/status; \
+                  cat /proc/self/oom_score_adj; cat /sys/fs/cgroup/memory/memory.limit_in_bytes \
+                  /sys/fs/cgroup/memory.max 2>/dev/null; cat /proc/kcore | head -c 1 | wc -c; true";
+    let mut config = container_config("host", "main", &image_ref(&runtime).await, script);
+    config.mounts = vec![Mount {
+        container_path: "/volume".to_owned(),
+        host_path: volume.clone(),
+        readonly: true,
+        propagation: Propagation::Private,
+    }];
+    config.security.run_as_user = Some(1234);
+    config.security.run_as_group = Some(2345);
+    config.security.supplemental_groups = vec![3456];
+    let container = runtime.create_container(&sandbox, &config, &pod).await.unwrap();
+    runtime.start_container(&container).await.unwrap();
+    assert_eq!(wait_for(&runtime, &container, exit_code).await, 0);
+
+    let seen = runtime.list().await.unwrap();
+    assert!(seen.sandboxes[0].host_network);
+    assert!(seen.sandboxes[0].ips.is_empty());
+    let log = fs::read_to_string(&seen.containers[0].log_path).unwrap();
+    let network = fs::read_link("/proc/self/ns/net").unwrap();
+    let memory = (64 << 20).to_string();
+    for expected in [
+        "from the host",
+        "read-only",
+        "F 1234\n",
+        "F 2345\n",
+        "2345 3456\n",
+        network.to_str().unwrap(),
+        "NoNewPrivs:\t1",
+        "CapEff:\t0000000000000000",
+        "F 1000\n",
+        &memory,
+    ] {
+        assert!(log.contains(expected), "{expected:?} is not in:\n{log}");
+    }
+    assert!(!volume.join("new").exists());
 }

@@ -1,4 +1,4 @@
-//! The connection to the engine: one typed function per call, with its time limit and the meaning of its failure.
+//! The connection to the engine: one typed function per call, with its time limit.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,6 +13,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::api::image_service_client::ImageServiceClient;
 use super::api::runtime_service_client::RuntimeServiceClient;
 use super::api::{self, ContainerFilter, PodSandboxFilter};
+use super::failure::{self, CreateError};
 use crate::runtime::{ExecRequest, RegistryAuth, RuntimeError, RuntimeVersion, labels};
 
 /// How long the engine may take for a call, beside what the call itself waits for.
@@ -20,24 +21,6 @@ const CALL_LIMIT: Duration = Duration::from_secs(120);
 
 /// Largest answer that is read.
 const MESSAGE_LIMIT: usize = 16 << 20;
-
-/// Why a creation failed: the name is taken, perhaps by a leftover, or something else.
-pub(super) enum CreateError {
-    /// Something of that name exists; the engine's words.
-    NameTaken(String),
-    /// Any other failure.
-    Other(RuntimeError),
-}
-
-impl CreateError {
-    /// The failure for the caller, when nothing more can be done about it.
-    pub(super) fn into_error(self) -> RuntimeError {
-        match self {
-            CreateError::NameTaken(message) => RuntimeError::Failed(message),
-            CreateError::Other(error) => error,
-        }
-    }
-}
 
 /// Cheap to clone; all clones share one connection, which is made when first needed and again after it is lost.
 #[derive(Clone)]
@@ -88,26 +71,7 @@ impl Client {
     }
 
     fn error(&self, object: &str, status: &Status) -> RuntimeError {
-        let message = status.message();
-        if is_transport_failure(status) {
-            return RuntimeError::Unavailable {
-                endpoint: self.shared.socket.display().to_string(),
-                message: format!(
-                    "{}; check that the engine runs and that its CRI plugin listens on this socket",
-                    deepest_message(status)
-                ),
-            };
-        }
-        match status.code() {
-            Code::NotFound => RuntimeError::NotFound(object.to_owned()),
-            Code::InvalidArgument => RuntimeError::Invalid(format!("{object}: {message}")),
-            Code::DeadlineExceeded => RuntimeError::Timeout(object.to_owned()),
-            Code::Unimplemented => RuntimeError::Unsupported {
-                runtime: self.scheme(),
-                what: format!("{object}: {message}"),
-            },
-            _ => RuntimeError::Failed(format!("{object}: {message}")),
-        }
+        failure::error(&self.shared.socket, self.scheme(), object, status)
     }
 
     /// Waits for a call, `limit` at most.
@@ -180,7 +144,7 @@ impl Client {
     }
 
     fn create_error(&self, object: &str, status: &Status) -> CreateError {
-        if is_name_taken(status) {
+        if failure::is_name_taken(status) {
             return CreateError::NameTaken(format!("{object}: {}", status.message()));
         }
         match self.error(object, status) {
@@ -370,7 +334,12 @@ impl Client {
         };
         match self.images.clone().pull_image(request).await {
             Ok(answer) => Ok(answer.into_inner().image_ref),
-            Err(status) => Err(self.error(&format!("image {image}"), &status)),
+            Err(status) => Err(failure::pull_error(
+                &self.shared.socket,
+                self.scheme(),
+                image,
+                &status,
+            )),
         }
     }
 
@@ -461,32 +430,6 @@ fn whole_seconds(duration: Duration) -> i64 {
     i64::try_from(up).unwrap_or(i64::MAX)
 }
 
-/// Whether the engine was not reached or the connection broke, as opposed to an answer that it gave.
-fn is_transport_failure(status: &Status) -> bool {
-    status.code() == Code::Unavailable
-        || std::error::Error::source(status).is_some_and(|cause| {
-            cause.is::<tonic::transport::Error>() || cause.is::<hyper::Error>() || cause.is::<io::Error>()
-        })
-}
-
-/// The transport wraps its causes; only the innermost says anything ("No such file or directory").
-fn deepest_message(status: &Status) -> String {
-    let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(status);
-    let mut message = status.message().to_owned();
-    while let Some(error) = cause {
-        message = error.to_string();
-        cause = error.source();
-    }
-    message
-}
-
-/// Both engines keep the name of a creation under way or left over, and have no code of their own for it.
-fn is_name_taken(status: &Status) -> bool {
-    status.code() == Code::AlreadyExists
-        || status.message().contains("is reserved for")
-        || status.message().contains("name is reserved")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -497,39 +440,5 @@ mod tests {
         assert_eq!(whole_seconds(Duration::from_millis(1)), 1);
         assert_eq!(whole_seconds(Duration::from_secs(30)), 30);
         assert_eq!(whole_seconds(Duration::MAX), i64::MAX);
-    }
-
-    #[test]
-    fn a_reserved_name_is_known_by_code_or_words() {
-        assert!(is_name_taken(&Status::already_exists("x")));
-        assert!(is_name_taken(&Status::unknown(
-            "failed to reserve sandbox name \"a_b_c_0\": name \"a_b_c_0\" is reserved for \"1234\""
-        )));
-        assert!(!is_name_taken(&Status::unknown("no space left on device")));
-    }
-
-    #[tokio::test]
-    async fn each_status_becomes_the_error_that_says_what_to_do_next() {
-        let client = Client::new(PathBuf::from("/run/engine.sock"), "test");
-        let error = |status| client.error("container abc", &status);
-        assert!(matches!(error(Status::not_found("")), RuntimeError::NotFound(_)));
-        assert!(matches!(
-            error(Status::invalid_argument("")),
-            RuntimeError::Invalid(_)
-        ));
-        assert!(matches!(
-            error(Status::deadline_exceeded("")),
-            RuntimeError::Timeout(_)
-        ));
-        assert!(matches!(
-            error(Status::unimplemented("")),
-            RuntimeError::Unsupported { .. }
-        ));
-        assert!(matches!(error(Status::unknown("")), RuntimeError::Failed(_)));
-        let lost = error(Status::unavailable("connection refused")).to_string();
-        assert!(
-            lost.contains("/run/engine.sock") && lost.contains("connection refused"),
-            "{lost}"
-        );
     }
 }

@@ -1,6 +1,7 @@
 //! CRI v1 over a unix socket: containerd, CRI-O and whatever else speaks `runtime.v1`.
 //!
-//! * [`client`]: the connection, time limits, and what a gRPC status means as a [`RuntimeError`];
+//! * [`client`]: the connection, its calls and their time limits;
+//! * [`failure`]: what a gRPC status means as a [`RuntimeError`];
 //! * [`config`]: what a pod wants, in CRI's words;
 //! * [`inventory`]: what the runtime has, in ours, asking only about what has changed;
 //! * [`changes`]: notices that something has changed;
@@ -13,6 +14,7 @@
 mod changes;
 mod client;
 mod config;
+mod failure;
 mod inventory;
 mod reserved;
 
@@ -119,7 +121,7 @@ impl Runtime for CriRuntime {
         if reserved::is_name_taken(&outcome) && reserved::free_sandbox_name(&self.client, config).await? {
             outcome = self.client.run_pod_sandbox(request).await;
         }
-        self.after_change(outcome.map(SandboxId).map_err(client::CreateError::into_error))
+        self.after_change(outcome.map(SandboxId).map_err(failure::CreateError::into_error))
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
@@ -147,7 +149,7 @@ impl Runtime for CriRuntime {
         {
             outcome = self.client.create_container(request).await;
         }
-        self.after_change(outcome.map(ContainerId).map_err(client::CreateError::into_error))
+        self.after_change(outcome.map(ContainerId).map_err(failure::CreateError::into_error))
     }
 
     async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {

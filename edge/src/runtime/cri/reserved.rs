@@ -4,11 +4,13 @@
 //! the connection dies between request and answer, the next request for the same finds the name taken. The leftover
 //! was never seen by anyone, so it goes, unless a container runs in it: then the caller's view is out of date.
 
+use std::time::Duration;
+
 use super::api;
-use super::client::{Client, CreateError};
+use super::client::Client;
+use super::failure::CreateError;
 use super::gone_is_success;
 use crate::runtime::{RuntimeError, SandboxConfig, SandboxId};
-use std::time::Duration;
 
 /// Whether a creation failed because of its name.
 pub(super) fn is_name_taken<T>(outcome: &Result<T, CreateError>) -> bool {
