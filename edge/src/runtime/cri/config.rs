@@ -1,0 +1,302 @@
+//! What a pod wants, in CRI's words.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::api;
+use crate::runtime::{
+    ContainerConfig, Mount, NamespaceOptions, PortMapping, Propagation, Resources, RuntimeError,
+    SandboxConfig, Security, labels,
+};
+
+/// Annotation in which a container keeps its image as the pod spec names it: containerd before 1.7 drops the field
+/// of CRI that is meant for it. Taken out again when containers are listed.
+pub(super) const IMAGE_ANNOTATION: &str = "edge.skerry.dev/image";
+
+/// Hidden from a container unless it is privileged or has `procMount: Unmasked`: they tell of the host or change it.
+const MASKED_PATHS: [&str; 11] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/firmware",
+];
+
+/// Also hidden, where the kernel has them.
+const MASKED_DEVICES: [&str; 1] = ["/sys/devices/virtual/powercap"];
+
+/// To be read only, under the same condition.
+const READONLY_PATHS: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+/// The sandbox that `config` describes.
+pub(super) fn sandbox(config: &SandboxConfig, owner: &str) -> api::PodSandboxConfig {
+    api::PodSandboxConfig {
+        metadata: Some(api::PodSandboxMetadata {
+            name: config.name.clone(),
+            uid: config.uid.to_string(),
+            namespace: config.namespace.clone(),
+            attempt: config.attempt,
+        }),
+        hostname: config.hostname.clone(),
+        log_directory: config.log_directory.to_string_lossy().into_owned(),
+        dns_config: config.dns.as_ref().map(|dns| api::DnsConfig {
+            servers: dns.servers.clone(),
+            searches: dns.searches.clone(),
+            options: dns.options.clone(),
+        }),
+        port_mappings: config.ports.iter().map(port).collect(),
+        labels: labels_of(&config.labels, owner),
+        annotations: to_map(&config.annotations),
+        linux: Some(api::LinuxPodSandboxConfig {
+            cgroup_parent: config.cgroup_parent.clone(),
+            security_context: Some(api::LinuxSandboxSecurityContext {
+                namespace_options: Some(namespaces(config.namespaces)),
+                supplemental_groups: config.supplemental_groups.clone(),
+                privileged: config.privileged,
+                seccomp: Some(api::SecurityProfile {
+                    profile_type: api::security_profile::ProfileType::RuntimeDefault.into(),
+                    localhost_ref: String::new(),
+                }),
+            }),
+            sysctls: to_map(&config.sysctls),
+        }),
+    }
+}
+
+/// The container that `config` describes, in a sandbox made from `sandbox`.
+pub(super) fn container(
+    config: &ContainerConfig,
+    sandbox: &SandboxConfig,
+    owner: &str,
+) -> Result<api::ContainerConfig, RuntimeError> {
+    let mut annotations = to_map(&config.annotations);
+    annotations.insert(IMAGE_ANNOTATION.to_owned(), config.image.clone());
+    Ok(api::ContainerConfig {
+        metadata: Some(api::ContainerMetadata {
+            name: config.name.clone(),
+            attempt: config.attempt,
+        }),
+        image: Some(api::ImageSpec {
+            image: config.image_ref.clone(),
+            user_specified_image: config.image.clone(),
+        }),
+        command: config.command.clone(),
+        args: config.args.clone(),
+        working_dir: config.working_dir.clone(),
+        envs: config.env.iter().map(variable).collect(),
+        mounts: config.mounts.iter().map(mount).collect(),
+        labels: labels_of(&config.labels, owner),
+        annotations,
+        log_path: config.log_path.to_string_lossy().into_owned(),
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        tty: config.tty,
+        linux: Some(api::LinuxContainerConfig {
+            resources: Some(resources(&config.resources)),
+            security_context: Some(security(&config.name, &config.security, sandbox.namespaces)?),
+        }),
+    })
+}
+
+fn labels_of(given: &BTreeMap<String, String>, owner: &str) -> HashMap<String, String> {
+    let mut all = to_map(given);
+    all.insert(labels::MANAGED_BY.to_owned(), owner.to_owned());
+    all
+}
+
+fn to_map(given: &BTreeMap<String, String>) -> HashMap<String, String> {
+    given.clone().into_iter().collect()
+}
+
+fn namespaces(options: NamespaceOptions) -> api::NamespaceOption {
+    use api::NamespaceMode::{Container, Node, Pod};
+    let pod_or_node = |host| if host { Node } else { Pod };
+    let pid = match (options.host_pid, options.share_process) {
+        (true, _) => Node,
+        (false, true) => Pod,
+        (false, false) => Container,
+    };
+    api::NamespaceOption {
+        network: pod_or_node(options.host_network).into(),
+        pid: pid.into(),
+        ipc: pod_or_node(options.host_ipc).into(),
+    }
+}
+
+fn port(port: &PortMapping) -> api::PortMapping {
+    let protocol = match port.protocol.as_str() {
+        "UDP" => api::Protocol::Udp,
+        "SCTP" => api::Protocol::Sctp,
+        _ => api::Protocol::Tcp,
+    };
+    api::PortMapping {
+        protocol: protocol.into(),
+        container_port: port.container_port.into(),
+        host_port: port.host_port.into(),
+        host_ip: port.host_ip.clone(),
+    }
+}
+
+fn variable((key, value): &(String, String)) -> api::KeyValue {
+    api::KeyValue {
+        key: key.clone(),
+        value: value.clone().into_bytes(),
+    }
+}
+
+fn mount(mount: &Mount) -> api::Mount {
+    let propagation = match mount.propagation {
+        Propagation::Private => api::MountPropagation::PropagationPrivate,
+        Propagation::HostToContainer => api::MountPropagation::PropagationHostToContainer,
+        Propagation::Bidirectional => api::MountPropagation::PropagationBidirectional,
+    };
+    api::Mount {
+        container_path: mount.container_path.clone(),
+        host_path: mount.host_path.to_string_lossy().into_owned(),
+        readonly: mount.readonly,
+        propagation: propagation.into(),
+    }
+}
+
+fn resources(resources: &Resources) -> api::LinuxContainerResources {
+    api::LinuxContainerResources {
+        cpu_period: resources.cpu_period,
+        cpu_quota: resources.cpu_quota,
+        cpu_shares: resources.cpu_shares,
+        memory_limit_in_bytes: resources.memory_limit_bytes,
+        oom_score_adj: resources.oom_score_adj,
+    }
+}
+
+fn security(
+    container: &str,
+    security: &Security,
+    options: NamespaceOptions,
+) -> Result<api::LinuxContainerSecurityContext, RuntimeError> {
+    let masked = !security.privileged && !security.unmasked_proc;
+    let id = |value| api::Int64Value { value };
+    Ok(api::LinuxContainerSecurityContext {
+        capabilities: Some(api::Capability {
+            add_capabilities: security.add_capabilities.clone(),
+            drop_capabilities: security.drop_capabilities.clone(),
+        }),
+        privileged: security.privileged,
+        namespace_options: Some(namespaces(options)),
+        run_as_user: security.run_as_user.map(id),
+        readonly_rootfs: security.readonly_rootfs,
+        supplemental_groups: security.supplemental_groups.clone(),
+        no_new_privs: security.no_new_privileges,
+        run_as_group: security.run_as_group.map(id),
+        masked_paths: when(masked, MASKED_PATHS.iter().chain(&MASKED_DEVICES)),
+        readonly_paths: when(masked, READONLY_PATHS.iter()),
+        seccomp: Some(seccomp(container, &security.seccomp)?),
+    })
+}
+
+fn when<'a>(condition: bool, paths: impl Iterator<Item = &'a &'a str>) -> Vec<String> {
+    if !condition {
+        return Vec::new();
+    }
+    paths.map(|path| (*path).to_owned()).collect()
+}
+
+fn seccomp(container: &str, profile: &str) -> Result<api::SecurityProfile, RuntimeError> {
+    use api::security_profile::ProfileType;
+    let (kind, path) = match profile {
+        "" | "Unconfined" => (ProfileType::Unconfined, ""),
+        "RuntimeDefault" => (ProfileType::RuntimeDefault, ""),
+        other => match other.strip_prefix("Localhost/") {
+            Some(path) if !path.is_empty() => (ProfileType::Localhost, path),
+            _ => {
+                return Err(RuntimeError::Invalid(format!(
+                    "container {container} asks for the seccomp profile {other:?}; use Unconfined, RuntimeDefault or \
+                     Localhost with a path"
+                )));
+            }
+        },
+    };
+    Ok(api::SecurityProfile {
+        profile_type: kind.into(),
+        localhost_ref: path.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn modes(options: NamespaceOptions) -> (api::NamespaceMode, api::NamespaceMode, api::NamespaceMode) {
+        let made = namespaces(options);
+        (made.network(), made.pid(), made.ipc())
+    }
+
+    #[test]
+    fn a_plain_pod_has_its_own_network_and_ipc_and_a_pid_namespace_per_container() {
+        use api::NamespaceMode::{Container, Pod};
+        assert_eq!(modes(NamespaceOptions::default()), (Pod, Container, Pod));
+    }
+
+    #[test]
+    fn host_namespaces_win_over_a_shared_process_namespace() {
+        use api::NamespaceMode::{Node, Pod};
+        let shared = NamespaceOptions {
+            share_process: true,
+            ..Default::default()
+        };
+        assert_eq!(modes(shared), (Pod, Pod, Pod));
+        let host = NamespaceOptions {
+            host_network: true,
+            host_pid: true,
+            host_ipc: true,
+            share_process: true,
+        };
+        assert_eq!(modes(host), (Node, Node, Node));
+    }
+
+    #[test]
+    fn proc_is_masked_unless_privileged_or_unmasked() {
+        let paths = |security: Security| {
+            let made = super::security("c", &security, NamespaceOptions::default()).unwrap();
+            (made.masked_paths.len(), made.readonly_paths.len())
+        };
+        assert_eq!(paths(Security::default()), (12, 5));
+        let privileged = Security {
+            privileged: true,
+            ..Default::default()
+        };
+        assert_eq!(paths(privileged), (0, 0));
+        let unmasked = Security {
+            unmasked_proc: true,
+            ..Default::default()
+        };
+        assert_eq!(paths(unmasked), (0, 0));
+    }
+
+    #[test]
+    fn a_localhost_seccomp_profile_keeps_its_absolute_path_and_nonsense_is_refused() {
+        let local = seccomp("c", "Localhost//profiles/a.json").unwrap();
+        assert_eq!(local.localhost_ref, "/profiles/a.json");
+        assert!(matches!(
+            seccomp("c", "Localhost/"),
+            Err(RuntimeError::Invalid(_))
+        ));
+        assert!(matches!(seccomp("c", "Confined"), Err(RuntimeError::Invalid(_))));
+    }
+
+    #[test]
+    fn the_owner_replaces_a_given_label_of_the_same_name() {
+        let given = BTreeMap::from([(labels::MANAGED_BY.to_owned(), "pod".to_owned())]);
+        assert_eq!(labels_of(&given, "site")[labels::MANAGED_BY], "site");
+    }
+}
