@@ -1,0 +1,3 @@
+//! The cloud side of the link: sessions and tunnels.
+
+pub mod tunnels;
