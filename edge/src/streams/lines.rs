@@ -146,7 +146,11 @@ fn nine_digits(time: &str) -> String {
     let (seconds, rest) = time.split_at(time.len().min("2006-01-02T15:04:05".len()));
     let fraction = rest.strip_prefix('.').unwrap_or_default();
     let digits = fraction.bytes().take_while(u8::is_ascii_digit).count();
-    let zone = if rest.starts_with('.') { &fraction[digits..] } else { rest };
+    let zone = if rest.starts_with('.') {
+        &fraction[digits..]
+    } else {
+        rest
+    };
     format!("{seconds}.{:0<9}{zone}", &fraction[..digits])
 }
 
@@ -214,7 +218,10 @@ impl Tail {
 }
 
 fn tagged_partial(prefix: &[u8]) -> bool {
-    prefix.split(|&byte| byte == b' ').nth(2).is_some_and(|tags| tags == b"P" || tags.starts_with(b"P:"))
+    prefix
+        .split(|&byte| byte == b' ')
+        .nth(2)
+        .is_some_and(|tags| tags == b"P" || tags.starts_with(b"P:"))
 }
 
 #[cfg(test)]
@@ -241,7 +248,9 @@ mod tests {
     }
 
     async fn tail(file: &str, count: u64) -> String {
-        let start = tail_start(&mut Cursor::new(file.as_bytes()), count).await.unwrap();
+        let start = tail_start(&mut Cursor::new(file.as_bytes()), count)
+            .await
+            .unwrap();
         print(Format::default(), &file[usize::try_from(start).unwrap()..])
     }
 

@@ -33,7 +33,9 @@ pub(super) async fn serve(streams: &Streams, target: &LogsTarget, wire: Wire) ->
     let inventory = streams.runtime.list().await?;
     let file = select::log(&pod, target, &inventory, &streams.log_root)?;
     let tail = match target.tail_lines {
-        Some(lines) => Some(u64::try_from(lines).map_err(|_| StreamError::bad_request("tailLines is negative"))?),
+        Some(lines) => {
+            Some(u64::try_from(lines).map_err(|_| StreamError::bad_request("tailLines is negative"))?)
+        }
         None => None,
     };
     let reader = Reader::open(&file.path, tail, format)
@@ -90,12 +92,20 @@ async fn print(
             Some(writer) => writer.ended().await,
             None => true,
         };
-        while reader.read(&mut text).await.map_err(|error| unreadable(&file.path, &error))? {
+        while reader
+            .read(&mut text)
+            .await
+            .map_err(|error| unreadable(&file.path, &error))?
+        {
             if !send(&wire, &mut text).await || reader.printer.full() {
                 return Ok(());
             }
         }
-        if reader.rotated(&file.path, &mut text).await.map_err(|error| unreadable(&file.path, &error))? {
+        if reader
+            .rotated(&file.path, &mut text)
+            .await
+            .map_err(|error| unreadable(&file.path, &error))?
+        {
             continue;
         }
         if ended {
@@ -139,7 +149,10 @@ impl Writer<'_> {
         self.changes.mark_unchanged();
         match self.runtime.list().await {
             Ok(inventory) => {
-                let container = inventory.containers.into_iter().find(|container| container.id == self.id);
+                let container = inventory
+                    .containers
+                    .into_iter()
+                    .find(|container| container.id == self.id);
                 self.ended = container
                     .is_none_or(|container| matches!(container.state, ContainerState::Exited { .. }));
                 if self.ended {
@@ -253,9 +266,15 @@ mod tests {
         let path = directory.path().join("0.log");
         std::fs::write(&path, format!("{LINE} a\n{LINE} b\n")).unwrap();
         let runtime = FakeRuntime::with_container(&path, false);
-        let target = LogsTarget { tail_lines: Some(1), ..logs_target() };
+        let target = LogsTarget {
+            tail_lines: Some(1),
+            ..logs_target()
+        };
         let (_to_edge, mut frames, task) = run(runtime, pods(), Target::Logs(target));
-        let ready = TunnelReady { status: 200, headers: vec![] };
+        let ready = TunnelReady {
+            status: 200,
+            headers: vec![],
+        };
         assert_eq!(next(&mut frames).await, Some(Frame::Ready(ready)));
         assert_eq!(text(&mut frames, "b\n").await, "b\n");
         assert_eq!(next(&mut frames).await, None);
@@ -269,7 +288,10 @@ mod tests {
         let mut file = File::create(&path).await.unwrap().into_std().await;
         writeln!(file, "{LINE} a").unwrap();
         let runtime = FakeRuntime::with_container(&path, true);
-        let target = LogsTarget { follow: true, ..logs_target() };
+        let target = LogsTarget {
+            follow: true,
+            ..logs_target()
+        };
         let (_to_edge, mut frames, task) = run(runtime.clone(), pods(), Target::Logs(target));
         assert!(matches!(next(&mut frames).await, Some(Frame::Ready(_))));
         text(&mut frames, "a\n").await;
@@ -291,7 +313,10 @@ mod tests {
     async fn following_ends_when_the_reader_goes() {
         let directory = tempfile::tempdir().unwrap();
         let runtime = FakeRuntime::with_container(&directory.path().join("0.log"), true);
-        let target = LogsTarget { follow: true, ..logs_target() };
+        let target = LogsTarget {
+            follow: true,
+            ..logs_target()
+        };
         let (to_edge, mut frames, task) = run(runtime, pods(), Target::Logs(target));
         assert!(matches!(next(&mut frames).await, Some(Frame::Ready(_))));
         drop(to_edge);
@@ -302,11 +327,17 @@ mod tests {
     async fn an_unknown_pod_is_an_error_with_its_name() {
         let directory = tempfile::tempdir().unwrap();
         let runtime = FakeRuntime::with_container(&directory.path().join("0.log"), true);
-        let target = LogsTarget { pod: "nope".into(), ..logs_target() };
+        let target = LogsTarget {
+            pod: "nope".into(),
+            ..logs_target()
+        };
         let (_to_edge, mut frames, _task) = run(runtime, pods(), Target::Logs(target));
         match next(&mut frames).await {
             Some(Frame::Error(error)) => {
-                assert_eq!((error.status, error.message.as_str()), (404, "pod \"nope\" does not exist"));
+                assert_eq!(
+                    (error.status, error.message.as_str()),
+                    (404, "pod \"nope\" does not exist")
+                );
             }
             other => panic!("{other:?}"),
         }
@@ -315,11 +346,23 @@ mod tests {
     #[test]
     fn since_is_counted_back_from_now_or_given_as_a_time() {
         let now: Timestamp = "2026-01-01T00:01:00Z".parse().unwrap();
-        let seconds = LogsTarget { since_seconds: Some(60), ..LogsTarget::default() };
-        assert_eq!(format(&seconds, now).unwrap().since.unwrap().to_string(), "2026-01-01T00:00:00Z");
-        let ages = LogsTarget { since_seconds: Some(i64::MAX), ..LogsTarget::default() };
+        let seconds = LogsTarget {
+            since_seconds: Some(60),
+            ..LogsTarget::default()
+        };
+        assert_eq!(
+            format(&seconds, now).unwrap().since.unwrap().to_string(),
+            "2026-01-01T00:00:00Z"
+        );
+        let ages = LogsTarget {
+            since_seconds: Some(i64::MAX),
+            ..LogsTarget::default()
+        };
         assert_eq!(format(&ages, now).unwrap().since, Some(Timestamp::MIN));
-        let bad = LogsTarget { since_time: Some("soon".into()), ..LogsTarget::default() };
+        let bad = LogsTarget {
+            since_time: Some("soon".into()),
+            ..LogsTarget::default()
+        };
         assert!(format(&bad, now).unwrap_err().message.contains("\"soon\""));
     }
 }

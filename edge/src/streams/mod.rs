@@ -106,8 +106,13 @@ impl Wire {
     }
 
     async fn send(&self, frame: Frame) -> bool {
-        self.out.send(TunnelFrame { frame: Some(frame) }).await.is_ok()
+        send(&self.out, frame).await
     }
+}
+
+/// Sends one frame; false when the tunnel is gone.
+async fn send(out: &mpsc::Sender<TunnelFrame>, frame: Frame) -> bool {
+    out.send(TunnelFrame { frame: Some(frame) }).await.is_ok()
 }
 
 impl Streams {
@@ -169,7 +174,11 @@ impl Streams {
             }
             Verb::PortForward => {
                 let sandbox = select::sandbox(&pod, &inventory)?;
-                let ports: Vec<u16> = target.ports.iter().filter_map(|&port| u16::try_from(port).ok()).collect();
+                let ports: Vec<u16> = target
+                    .ports
+                    .iter()
+                    .filter_map(|&port| u16::try_from(port).ok())
+                    .collect();
                 self.runtime.port_forward(&sandbox.id, &ports).await?
             }
             Verb::Unspecified => {
@@ -181,7 +190,7 @@ impl Streams {
         };
         match endpoint {
             StreamEndpoint::Url(url) => relay::serve(&url, &target, wire).await,
-            StreamEndpoint::Process(_) => Ok(()),
+            StreamEndpoint::Process(process) => process::serve(process, &request, &target, wire).await,
         }
     }
 }

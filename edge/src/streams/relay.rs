@@ -32,7 +32,11 @@ pub(super) async fn serve(url: &str, target: &StreamTarget, wire: Wire) -> Resul
     let (head, rest, stream) = answer
         .await
         .map_err(|_| gateway("the container runtime's streaming server does not answer"))?
-        .map_err(|error| gateway(format!("the container runtime's streaming server failed: {error}")))?;
+        .map_err(|error| {
+            gateway(format!(
+                "the container runtime's streaming server failed: {error}"
+            ))
+        })?;
     if head.status != StatusCode::SWITCHING_PROTOCOLS {
         return refused(head, rest, stream, wire).await;
     }
@@ -49,7 +53,11 @@ fn gateway(message: impl Into<String>) -> StreamError {
 
 /// Address and path of a URL, which must be on this machine: a runtime must not make the daemon dial elsewhere.
 fn loopback(url: &str) -> Result<((IpAddr, u16), String), StreamError> {
-    let wrong = || gateway(format!("the container runtime gave the streaming URL {url:?}, which is not http on loopback"));
+    let wrong = || {
+        gateway(format!(
+            "the container runtime gave the streaming URL {url:?}, which is not http on loopback"
+        ))
+    };
     let uri: Uri = url.parse().map_err(|_| wrong())?;
     if uri.scheme_str() != Some("http") {
         return Err(wrong());
@@ -75,7 +83,12 @@ fn request(address: &(IpAddr, u16), path: &str, target: &StreamTarget) -> Result
         // Both parsers refuse line breaks, so that no second request can be smuggled in.
         let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong("header name"))?;
         let value = HeaderValue::from_bytes(value).map_err(|_| wrong("header value"))?;
-        let ours = [header::HOST, header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::AUTHORIZATION];
+        let ours = [
+            header::HOST,
+            header::CONTENT_LENGTH,
+            header::TRANSFER_ENCODING,
+            header::AUTHORIZATION,
+        ];
         if ours.contains(&name) {
             continue;
         }
@@ -143,14 +156,22 @@ fn parse_head(head: &[u8]) -> Option<Head> {
 }
 
 /// The runtime refused the upgrade: its words are for the person who asked.
-async fn refused(head: Head, mut body: BytesMut, mut stream: TcpStream, wire: Wire) -> Result<(), StreamError> {
+async fn refused(
+    head: Head,
+    mut body: BytesMut,
+    mut stream: TcpStream,
+    wire: Wire,
+) -> Result<(), StreamError> {
     let length = head
         .headers
         .iter()
         .find(|header| header.name.eq_ignore_ascii_case("content-length"))
         .and_then(|header| std::str::from_utf8(&header.value).ok()?.parse::<usize>().ok());
     let Some(length) = length.filter(|&length| length <= MAX_HEAD_BYTES) else {
-        return Err(StreamError::new(head.status, format!("the container runtime answered {}", head.status)));
+        return Err(StreamError::new(
+            head.status,
+            format!("the container runtime answered {}", head.status),
+        ));
     };
     while body.len() < length {
         let read = tokio::time::timeout(ANSWER_LIMIT, stream.read_buf(&mut body)).await;
@@ -178,7 +199,14 @@ async fn refused(head: Head, mut body: BytesMut, mut stream: TcpStream, wire: Wi
 async fn pump(rest: BytesMut, stream: TcpStream, wire: Wire) {
     let Wire { incoming, out } = wire;
     let (read, write) = stream.into_split();
-    let up = up(rest, read, Wire { incoming: mpsc::channel(1).1, out });
+    let up = up(
+        rest,
+        read,
+        Wire {
+            incoming: mpsc::channel(1).1,
+            out,
+        },
+    );
     let down = down(incoming, write);
     tokio::pin!(up, down);
     tokio::select! {
@@ -222,7 +250,10 @@ mod tests {
     use tokio::net::TcpListener;
 
     fn target() -> StreamTarget {
-        let header = |name: &str, value: &'static str| Header { name: name.into(), value: value.into() };
+        let header = |name: &str, value: &'static str| Header {
+            name: name.into(),
+            value: value.into(),
+        };
         StreamTarget {
             method: "POST".into(),
             headers: vec![
@@ -266,20 +297,25 @@ mod tests {
 
     #[tokio::test]
     async fn an_upgraded_connection_is_copied_both_ways_to_the_last_byte() {
-        let (url, server) = server("HTTP/1.1 101 Switching Protocols\r\nUpgrade: SPDY/3.1\r\n\r\nearly ").await;
+        let (url, server) =
+            server("HTTP/1.1 101 Switching Protocols\r\nUpgrade: SPDY/3.1\r\n\r\nearly ").await;
         let (to_edge, incoming) = mpsc::channel(4);
         let (out, from_edge) = mpsc::channel(64);
         to_edge.send(Bytes::from_static(b"echo")).await.unwrap();
         drop(to_edge);
         let target = target();
-        let (outcome, (ready, text)) = tokio::join!(serve(&url, &target, Wire { incoming, out }), frames(from_edge));
+        let (outcome, (ready, text)) =
+            tokio::join!(serve(&url, &target, Wire { incoming, out }), frames(from_edge));
         outcome.unwrap();
         let ready = ready.unwrap();
         assert_eq!((ready.status, ready.headers.len()), (101, 1));
         assert_eq!(text, "early echo");
         let head = server.await.unwrap();
         assert!(head.starts_with("POST /exec/token HTTP/1.1\r\n"), "{head}");
-        assert!(head.contains("upgrade: SPDY/3.1\r\n") && !head.contains("secret"), "{head}");
+        assert!(
+            head.contains("upgrade: SPDY/3.1\r\n") && !head.contains("secret"),
+            "{head}"
+        );
     }
 
     #[tokio::test]
@@ -288,7 +324,8 @@ mod tests {
         let (_to_edge, incoming) = mpsc::channel(4);
         let (out, from_edge) = mpsc::channel(64);
         let target = target();
-        let (outcome, (ready, text)) = tokio::join!(serve(&url, &target, Wire { incoming, out }), frames(from_edge));
+        let (outcome, (ready, text)) =
+            tokio::join!(serve(&url, &target, Wire { incoming, out }), frames(from_edge));
         outcome.unwrap();
         assert_eq!((ready.unwrap().status, text.as_str()), (404, "gone"));
     }
@@ -297,7 +334,13 @@ mod tests {
     fn only_loopback_is_dialled() {
         assert!(loopback("http://127.0.0.1:10010/exec/a").is_ok());
         assert!(loopback("http://[::1]:10010/exec/a").is_ok());
-        for url in ["http://10.0.0.1/exec/a", "https://127.0.0.1/x", "http://example.com/", "nonsense", ""] {
+        for url in [
+            "http://10.0.0.1/exec/a",
+            "https://127.0.0.1/x",
+            "http://example.com/",
+            "nonsense",
+            "",
+        ] {
             assert!(loopback(url).is_err(), "{url}");
         }
     }
@@ -305,7 +348,10 @@ mod tests {
     #[test]
     fn a_header_with_a_line_break_is_refused() {
         let mut target = target();
-        target.headers.push(Header { name: "X".into(), value: Bytes::from_static(b"a\r\nHost: b") });
+        target.headers.push(Header {
+            name: "X".into(),
+            value: Bytes::from_static(b"a\r\nHost: b"),
+        });
         assert!(request(&("127.0.0.1".parse().unwrap(), 1), "/", &target).is_err());
     }
 

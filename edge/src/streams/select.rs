@@ -16,7 +16,11 @@ pub(super) fn pod(pods: &dyn PodLookup, target: &StreamTarget) -> Result<Pod, St
 }
 
 /// The newest instance of a container, which must be running. An empty name means the pod's only container.
-pub(super) fn running<'a>(pod: &Pod, name: &str, inventory: &'a Inventory) -> Result<&'a Container, StreamError> {
+pub(super) fn running<'a>(
+    pod: &Pod,
+    name: &str,
+    inventory: &'a Inventory,
+) -> Result<&'a Container, StreamError> {
     let name = match name {
         "" => only_container(pod)?,
         name => name,
@@ -30,7 +34,9 @@ pub(super) fn running<'a>(pod: &Pod, name: &str, inventory: &'a Inventory) -> Re
 fn only_container(pod: &Pod) -> Result<&str, StreamError> {
     match pod.spec.as_ref().map(|spec| spec.containers.as_slice()) {
         Some([only]) => Ok(&only.name),
-        _ => Err(StreamError::bad_request("the pod has several containers: name one")),
+        _ => Err(StreamError::bad_request(
+            "the pod has several containers: name one",
+        )),
     }
 }
 
@@ -42,7 +48,9 @@ pub(super) fn sandbox<'a>(pod: &Pod, inventory: &'a Inventory) -> Result<&'a San
         .iter()
         .filter(|sandbox| sandbox.pod_uid.as_str() == uid && sandbox.state == SandboxState::Ready)
         .max_by_key(|sandbox| (sandbox.attempt, sandbox.created_at))
-        .ok_or_else(|| StreamError::not_found(format!("the sandbox of pod {:?} is not running", pod_name(pod))))
+        .ok_or_else(|| {
+            StreamError::not_found(format!("the sandbox of pod {:?} is not running", pod_name(pod)))
+        })
 }
 
 /// A log file to read.
@@ -81,8 +89,11 @@ pub(super) fn log(
     match (newest, newest_attempt) {
         (Some(container), _) if container.state != ContainerState::Created => Ok(LogFile {
             path: container.log_path.clone(),
-            writer: matches!(container.state, ContainerState::Running { .. } | ContainerState::Unknown)
-                .then(|| container.id.clone()),
+            writer: matches!(
+                container.state,
+                ContainerState::Running { .. } | ContainerState::Unknown
+            )
+            .then(|| container.id.clone()),
         }),
         (None, Some(attempt)) => Ok(LogFile {
             path: directory.join(format!("{attempt}.log")),
@@ -135,7 +146,15 @@ fn previous(
 fn is_last_state(pod: &Pod, newest: &Container) -> bool {
     let last = status(pod, &newest.name)
         .filter(|status| status.state.as_ref().is_some_and(|state| state.waiting.is_some()))
-        .and_then(|status| status.last_state.as_ref()?.terminated.as_ref()?.container_id.as_deref());
+        .and_then(|status| {
+            status
+                .last_state
+                .as_ref()?
+                .terminated
+                .as_ref()?
+                .container_id
+                .as_deref()
+        });
     last.is_some_and(|id| id.split_once("://").map_or(id, |(_, id)| id) == newest.id.0)
 }
 
@@ -167,9 +186,16 @@ fn status<'a>(pod: &'a Pod, name: &str) -> Option<&'a ContainerStatus> {
 fn names(pod: &Pod) -> impl Iterator<Item = &str> {
     let spec = pod.spec.as_ref();
     let containers = spec.map(|spec| spec.containers.as_slice()).unwrap_or_default();
-    let init = spec.and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default();
-    let ephemeral = spec.and_then(|spec| spec.ephemeral_containers.as_deref()).unwrap_or_default();
-    let named = containers.iter().chain(init).map(|container| container.name.as_str());
+    let init = spec
+        .and_then(|spec| spec.init_containers.as_deref())
+        .unwrap_or_default();
+    let ephemeral = spec
+        .and_then(|spec| spec.ephemeral_containers.as_deref())
+        .unwrap_or_default();
+    let named = containers
+        .iter()
+        .chain(init)
+        .map(|container| container.name.as_str());
     named.chain(ephemeral.iter().map(|container| container.name.as_str()))
 }
 
@@ -188,7 +214,9 @@ fn instances<'a>(pod: &Pod, name: &str, inventory: &'a Inventory) -> Vec<&'a Con
 fn log_directory(pod: &Pod, container: &str, log_root: &Path) -> PathBuf {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let uid = pod.metadata.uid.as_deref().unwrap_or_default();
-    log_root.join(format!("{namespace}_{}_{uid}", pod_name(pod))).join(container)
+    log_root
+        .join(format!("{namespace}_{}_{uid}", pod_name(pod)))
+        .join(container)
 }
 
 /// The highest `<n>.log` in a container's log directory.
@@ -280,7 +308,10 @@ mod tests {
         assert_eq!(file.path, Path::new("/logs/ns_p_u/c/2.log"));
         assert_eq!(file.writer, Some(ContainerId("id2".into())));
         let file = log(&pod(), &target("c", true), &inventory, Path::new("/none")).unwrap();
-        assert_eq!((file.path.as_path(), file.writer), (Path::new("/logs/ns_p_u/c/1.log"), None));
+        assert_eq!(
+            (file.path.as_path(), file.writer),
+            (Path::new("/logs/ns_p_u/c/1.log"), None)
+        );
     }
 
     #[test]
@@ -330,7 +361,10 @@ mod tests {
         assert_eq!(error.status, http::StatusCode::BAD_REQUEST);
         assert!(error.message.ends_with("trying and failing to pull image"));
         let previous = log(&pod, &target("c", true), &empty, Path::new("/none")).unwrap_err();
-        assert_eq!(previous.message, "previous terminated container \"c\" in pod \"p\" not found");
+        assert_eq!(
+            previous.message,
+            "previous terminated container \"c\" in pod \"p\" not found"
+        );
     }
 
     #[test]

@@ -188,7 +188,12 @@ impl Runtime for FakeRuntime {
         Err(unsupported())
     }
 
-    async fn exec_sync(&self, _: &ContainerId, _: &[String], _: Duration) -> Result<ExecOutput, RuntimeError> {
+    async fn exec_sync(
+        &self,
+        _: &ContainerId,
+        _: &[String],
+        _: Duration,
+    ) -> Result<ExecOutput, RuntimeError> {
         Err(unsupported())
     }
 

@@ -53,7 +53,11 @@ pub struct SiteAway {
 impl std::fmt::Display for SiteAway {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.since {
-            Some(since) => write!(f, "site {:?} is not connected since {since:.0}", self.site.as_str())?,
+            Some(since) => write!(
+                f,
+                "site {:?} is not connected since {since:.0}",
+                self.site.as_str()
+            )?,
             None => write!(f, "site {:?} is not connected", self.site.as_str())?,
         }
         f.write_str("; its pods go on without the cloud, try again when it is back")
@@ -231,7 +235,9 @@ impl Tunnels {
             let mut entries = self.shared.entries();
             match entries.remove(&first.id) {
                 Some((owner, Entry::Pending { answer })) if owner == *site => {
-                    let open = Entry::Open { cancel: cancel.clone() };
+                    let open = Entry::Open {
+                        cancel: cancel.clone(),
+                    };
                     entries.insert(first.id.clone(), (owner, open));
                     answer
                 }
@@ -258,7 +264,11 @@ impl Tunnels {
         tokio::spawn(inward.run(answer, outgoing, Box::pin(inbound)));
         tokio_stream::wrappers::ReceiverStream::new(to_edge)
             .flat_map(|bytes: Bytes| stream::iter(chunks(bytes)))
-            .map(|bytes| Ok(TunnelFrame { frame: Some(Frame::Data(bytes)) }))
+            .map(|bytes| {
+                Ok(TunnelFrame {
+                    frame: Some(Frame::Data(bytes)),
+                })
+            })
             .take_until(cancel.cancelled_owned())
             .boxed()
     }
@@ -338,7 +348,10 @@ impl Inward {
             let frame = match next {
                 None => {
                     if let Some((answer, ..)) = answer {
-                        let _ = answer.send(Err(refused(502, "the site ended the stream without an answer".into())));
+                        let _ = answer.send(Err(refused(
+                            502,
+                            "the site ended the stream without an answer".into(),
+                        )));
                     }
                     return;
                 }
@@ -353,7 +366,11 @@ impl Inward {
             };
             match (frame, answer.take()) {
                 (Some(Frame::Ready(ready)), Some((answer, incoming, outgoing))) => {
-                    let tunnel = Tunnel { ready, incoming, outgoing };
+                    let tunnel = Tunnel {
+                        ready,
+                        incoming,
+                        outgoing,
+                    };
                     if answer.send(Ok(tunnel)).is_err() {
                         return;
                     }
@@ -388,7 +405,11 @@ impl Inward {
     }
 }
 
-type Waiting = Option<(Answer, mpsc::Receiver<Result<Bytes, TunnelBroken>>, mpsc::Sender<Bytes>)>;
+type Waiting = Option<(
+    Answer,
+    mpsc::Receiver<Result<Bytes, TunnelBroken>>,
+    mpsc::Sender<Bytes>,
+)>;
 
 /// Resolves when nobody waits for the answer any more; never once it was given.
 async fn asker_gone(waiting: &mut Waiting) {
@@ -469,7 +490,10 @@ mod tests {
         assert_eq!(down.frame, Some(Frame::Data(Bytes::from_static(b"down"))));
         drop(tunnel.outgoing);
         assert!(from_cloud.next().await.is_none());
-        to_cloud.send(frame(Frame::Data(Bytes::from_static(b"up")))).await.unwrap();
+        to_cloud
+            .send(frame(Frame::Data(Bytes::from_static(b"up"))))
+            .await
+            .unwrap();
         assert_eq!(tunnel.incoming.recv().await.unwrap().unwrap(), "up");
         drop(to_cloud);
         assert!(tunnel.incoming.recv().await.is_none());
@@ -491,7 +515,10 @@ mod tests {
         tunnel.outgoing.send(big).await.unwrap();
         drop(tunnel.outgoing);
         let mut sizes = vec![];
-        while let Some(Ok(TunnelFrame { frame: Some(Frame::Data(bytes)) })) = from_cloud.next().await {
+        while let Some(Ok(TunnelFrame {
+            frame: Some(Frame::Data(bytes)),
+        })) = from_cloud.next().await
+        {
             sizes.push(bytes.len());
         }
         assert_eq!(sizes, [TUNNEL_CHUNK_BYTES, 1]);
@@ -525,10 +552,16 @@ mod tests {
         let thief = async {
             let order = queue.recv().await.unwrap();
             let mut answer = tunnels.accept(&site("thief"), opened(&order.id), stream::pending());
-            assert_eq!(answer.next().await.unwrap().unwrap_err().code(), tonic::Code::NotFound);
+            assert_eq!(
+                answer.next().await.unwrap().unwrap_err().code(),
+                tonic::Code::NotFound
+            );
             let failed = |status, message: &str| TunnelFailed {
                 id: order.id.clone(),
-                error: Some(TunnelError { status, message: message.into() }),
+                error: Some(TunnelError {
+                    status,
+                    message: message.into(),
+                }),
             };
             tunnels.failed(&site("thief"), failed(500, "stolen"));
             tunnels.failed(&name, failed(404, "no such pod"));
@@ -559,7 +592,10 @@ mod tests {
         let error = tunnels.open(&site("harbour"), target()).await.unwrap_err();
         assert_eq!(error.http_status(), StatusCode::SERVICE_UNAVAILABLE);
         let text = error.to_string();
-        assert!(text.contains("\"harbour\"") && text.contains("1970-01-01T00:00:00Z"), "{text}");
+        assert!(
+            text.contains("\"harbour\"") && text.contains("1970-01-01T00:00:00Z"),
+            "{text}"
+        );
         assert_eq!(tunnels.count(), 0);
     }
 }
