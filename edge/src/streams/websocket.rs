@@ -17,7 +17,8 @@ use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 
 use super::process::{self, FromClient, LINGER, QUEUE, Resizes, ToClient};
 use super::{StreamError, Wire, send};
@@ -242,8 +243,12 @@ async fn write(
             return;
         }
     }
-    // Flushes; the client may be gone already.
-    let _ = sink.close().await;
+    // Go's client takes any other close for a failure. It may be gone already.
+    let normal = CloseFrame {
+        code: CloseCode::Normal,
+        reason: "".into(),
+    };
+    let _ = sink.send(Message::Close(Some(normal))).await;
 }
 
 fn encode(protocol: Protocol, channel: u8, payload: &[u8]) -> Message {

@@ -87,7 +87,10 @@ async fn a_process_echoes_and_its_outcome_comes_before_the_close() {
         messages[2],
         Message::binary(&b"\x03{\"metadata\":{},\"status\":\"Success\"}"[..])
     );
-    assert!(matches!(messages[3], Message::Close(_)), "{messages:?}");
+    assert!(
+        matches!(&messages[3], Message::Close(Some(close)) if close.code == CloseCode::Normal),
+        "{messages:?}"
+    );
     server.await.unwrap();
 }
 

@@ -31,7 +31,9 @@ pub(super) type Body =
 
 const MAX_CONNECTIONS: usize = 4096;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-const HEAD_LIMIT: Duration = Duration::from_secs(30);
+/// For a request's head, idle time before it included: longer than the API server keeps idle connections (90 s), so
+/// that it is the one that closes them.
+const HEAD_LIMIT: Duration = Duration::from_secs(100);
 /// A kubelet's limit is 1 MiB, too.
 const MAX_HEAD_BYTES: usize = 1024 * 1024;
 /// How long requests may take to end after the order to stop.
