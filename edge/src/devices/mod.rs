@@ -28,10 +28,9 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use ports::{Clock, DeviceStore, SystemClock};
+pub use ports::{Clock, DeviceObject, DeviceStore, SystemClock};
 
 use bus::Bus;
-use ports::DeviceObject;
 use shadow::Shadow;
 
 /// What the room needs.
