@@ -16,8 +16,6 @@ pub mod drivers;
 mod numeric;
 mod ports;
 mod shadow;
-#[cfg(test)]
-mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;
