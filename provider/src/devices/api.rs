@@ -27,7 +27,9 @@ pub(super) fn status_of(device: &DynamicObject) -> DeviceStatus {
     serde_json::from_value(status).unwrap_or_default()
 }
 
-/// Applies one writer's part of the status. The UID goes along: another object of the same name is a conflict.
+/// Applies one writer's part of the status to the very object that was read: anything newer is a conflict (409).
+///
+/// The resourceVersion goes along, not only the UID: the status subresource of a custom resource ignores a wrong UID.
 pub(super) async fn apply_status(
     client: &Client,
     device: &DynamicObject,
@@ -39,7 +41,8 @@ pub(super) async fn apply_status(
     let patch = json!({
         "apiVersion": format!("{GROUP}/{VERSION}"),
         "kind": "Device",
-        "metadata": {"name": name, "namespace": namespace, "uid": device.uid()},
+        "metadata": {"name": name, "namespace": namespace, "uid": device.uid(),
+            "resourceVersion": device.resource_version()},
         "status": part,
     });
     let params = PatchParams::apply(manager).force();

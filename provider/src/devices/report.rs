@@ -24,7 +24,7 @@ pub enum Outcome {
     Accepted,
     /// It will never be taken; the edge forgets it. In words.
     Dropped(String),
-    /// The API server cannot be asked just now; the same report may be tried again.
+    /// The API server cannot be asked just now, or somebody else wrote meanwhile (409): try the same report again.
     Retry(kube::Error),
 }
 
@@ -50,9 +50,10 @@ pub async fn apply_report(client: Client, site: &SiteName, report: &DeviceStatus
     if let Some(refusal) = refusal(&device, site, report) {
         return Outcome::Dropped(refusal);
     }
-    if let Err(error) = apply_status(&client, &device, REPORT_MANAGER, &part).await {
-        return failed(namespace, name, error);
-    }
+    let device = match apply_status(&client, &device, REPORT_MANAGER, &part).await {
+        Ok(device) => device,
+        Err(error) => return failed(namespace, name, error),
+    };
     // A report has just come through, so the site can be reached.
     match set_reachable(&client, &device, true).await {
         Ok(()) => Outcome::Accepted,
@@ -68,7 +69,7 @@ pub async fn site_reachable(client: Client, site: &SiteName, reachable: bool) ->
     for device in devices {
         if is_bound_to(&device, site) {
             match set_reachable(&client, &device, reachable).await {
-                Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => {}
+                Err(kube::Error::Api(status)) if status.code == 404 => {}
                 result => result?,
             }
         }
