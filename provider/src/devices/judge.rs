@@ -8,6 +8,9 @@ use skerry_proto::device::{Condition, Defaults, DeviceSpec, DeviceStatus, Proble
 use super::api::{same, status_of};
 use super::binding::{Binding, Nodes, bind};
 
+/// Makes a condition of type, status, reason and message.
+type MakeCondition<'a> = dyn Fn(&str, Option<bool>, &str, String) -> Condition + 'a;
+
 /// The controller's part of a status.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Judgement {
@@ -82,7 +85,7 @@ impl Judgement {
         accepted: Condition,
         binding: Binding,
         status: &DeviceStatus,
-        condition: &dyn Fn(&str, Option<bool>, &str, String) -> Condition,
+        condition: &MakeCondition<'_>,
     ) -> Self {
         let (node_name, bound) = match binding {
             Binding::Node(name) => (Some(name), condition("Bound", Some(true), "Bound", String::new())),
