@@ -2,10 +2,18 @@
 //!
 //! The daemon dials the provider, keeps everything that it needs in a redb store, runs the site's pods in a
 //! container runtime and talks to its field devices; it goes on doing so while the link is down.
+//!
+//! One room per folder; `docs/architecture.md` is the map. [`daemon::run`] wires them together.
 
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod devices;
+pub mod identity;
 pub mod link;
 pub mod metrics;
 pub mod node;
+pub mod pods;
 pub mod runtime;
 pub mod store;
 pub mod streams;

@@ -1,1 +1,0 @@
-//! The Device API as both sides read it.
