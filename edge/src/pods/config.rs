@@ -195,6 +195,34 @@ pub(crate) fn is_privileged(container: &Container) -> bool {
         .unwrap_or(false)
 }
 
+/// The first kernel parameter of the pod that this node does not let a pod set: only those that are namespaced and
+/// cannot harm a neighbour are safe.
+pub(crate) fn forbidden_sysctl(pod: &Pod) -> Option<String> {
+    const SAFE: [&str; 13] = [
+        "kernel.shm_rmid_forced",
+        "net.ipv4.ip_local_port_range",
+        "net.ipv4.tcp_syncookies",
+        "net.ipv4.ping_group_range",
+        "net.ipv4.ip_unprivileged_port_start",
+        "net.ipv4.ip_local_reserved_ports",
+        "net.ipv4.tcp_keepalive_time",
+        "net.ipv4.tcp_keepalive_intvl",
+        "net.ipv4.tcp_keepalive_probes",
+        "net.ipv4.tcp_fin_timeout",
+        "net.ipv4.tcp_rmem",
+        "net.ipv4.tcp_wmem",
+        "net.ipv4.tcp_notsent_lowat",
+    ];
+    let spec = pod.spec.as_ref()?;
+    let host_network = spec.host_network.unwrap_or(false);
+    let asked = spec.security_context.as_ref()?.sysctls.iter().flatten();
+    asked.map(|s| s.name.replace('/', ".")).find(|name| {
+        !SAFE.contains(&name.as_str())
+            || (host_network && name.starts_with("net."))
+            || (spec.host_ipc.unwrap_or(false) && name.starts_with("kernel.shm"))
+    })
+}
+
 /// Ports that the containers publish on the host.
 pub(crate) fn port_mappings(pod: &Pod) -> Vec<PortMapping> {
     if pod.spec.as_ref().and_then(|s| s.host_network).unwrap_or(false) {
@@ -256,6 +284,17 @@ mod tests {
             of(&with_resources(json!({"limits": {"cpu": "1m"}}))).cpu_quota,
             1000
         );
+    }
+
+    #[test]
+    fn a_kernel_parameter_that_is_not_safe_is_named() {
+        let with = |name: &str, host: bool| {
+            forbidden_sysctl(&pod(json!({"hostNetwork": host, "containers": [],
+                "securityContext": {"sysctls": [{"name": name, "value": "1"}]}})))
+        };
+        assert_eq!(with("kernel/msgmax", false).as_deref(), Some("kernel.msgmax"));
+        assert_eq!(with("net.ipv4.tcp_syncookies", false), None);
+        assert!(with("net.ipv4.tcp_syncookies", true).is_some());
     }
 
     fn image(uid: Option<i64>, username: &str) -> Image {

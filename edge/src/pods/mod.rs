@@ -49,7 +49,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::runtime::Runtime;
+use crate::runtime::{Inventory, Runtime};
 use crate::store::{ObjectChanged, Store, StoreError};
 pub use clock::{Clock, SystemClock};
 use events::Events;
@@ -168,6 +168,7 @@ impl Pods {
             shared: self.shared.clone(),
             workers: BTreeMap::new(),
             tasks: JoinSet::new(),
+            seen: BTreeMap::new(),
             stop: stop.clone(),
         };
         let mut objects = self.shared.store.changes();
@@ -180,7 +181,10 @@ impl Pods {
                 () = stop.cancelled() => break,
                 notice = objects.recv() => supervisor.object_changed(notice),
                 moved = runtime.changed() => supervisor.runtime_moved(moved.is_ok()).await,
-                _ = tick.tick() => supervisor.resync().await,
+                _ = tick.tick() => {
+                    supervisor.resync().await;
+                    supervisor.wake(|_| true);
+                }
                 Some(ended) = supervisor.tasks.join_next() => supervisor.worker_ended(ended),
             }
         }
@@ -194,6 +198,8 @@ struct Supervisor {
     shared: Arc<Shared>,
     workers: BTreeMap<Uid, watch::Sender<Orders>>,
     tasks: JoinSet<Uid>,
+    /// The runtime's pods at the last look, to wake only those that changed.
+    seen: BTreeMap<Uid, Inventory>,
     stop: CancellationToken,
 }
 
@@ -320,12 +326,23 @@ impl Supervisor {
             s.runtime_error.clear();
             s.synced = true;
         });
-        let in_runtime: BTreeSet<Uid> = inventory
-            .sandboxes
-            .iter()
-            .map(|s| s.pod_uid.clone())
-            .chain(inventory.containers.iter().map(|c| c.pod_uid.clone()))
-            .collect();
+        let mut by_pod = BTreeMap::<Uid, Inventory>::new();
+        for sandbox in inventory.sandboxes {
+            by_pod
+                .entry(sandbox.pod_uid.clone())
+                .or_default()
+                .sandboxes
+                .push(sandbox);
+        }
+        for container in inventory.containers {
+            by_pod
+                .entry(container.pod_uid.clone())
+                .or_default()
+                .containers
+                .push(container);
+        }
+        let before = std::mem::replace(&mut self.seen, by_pod);
+        let in_runtime: Vec<Uid> = self.seen.keys().cloned().collect();
         for uid in in_runtime {
             if self.workers.contains_key(&uid) {
                 continue;
@@ -347,7 +364,7 @@ impl Supervisor {
                 Err(error) => tracing::error!(%uid, %error, "the store cannot be read"),
             }
         }
-        self.wake(|_| true);
+        self.wake(|uid| self.seen.get(uid) != before.get(uid));
     }
 
     fn worker_ended(&mut self, ended: Result<Uid, tokio::task::JoinError>) {

@@ -157,7 +157,9 @@ pub(crate) fn build(pod: &Pod, record: &PodRecord, context: &Context<'_>) -> Pod
     statuses.sort_by(|a, b| a.name.cmp(&b.name));
     let generation = pod.metadata.generation;
     let mut conditions = conditions(pod, record, phase, &init_statuses, &statuses, context);
-    stamp(&mut conditions, record.status.as_ref(), generation, context.now);
+    // Before the first report, what the API server has: the scheduler's PodScheduled keeps its time.
+    let before = record.status.as_ref().or(pod.status.as_ref());
+    stamp(&mut conditions, before, generation, context.now);
     let host_ip = context.host_ip.map(|ip| ip.to_string());
     let host_network = pod.spec.as_ref().and_then(|s| s.host_network).unwrap_or(false);
     let own: Vec<String> = context.pod_ips.iter().map(ToString::to_string).collect();

@@ -281,6 +281,18 @@ impl Worker {
 
     /// The pod has ended by its own rules.
     fn ending(&mut self, pod: &Pod) -> Option<End> {
+        // A pod that already runs was admitted.
+        if self.view.sandboxes.is_empty()
+            && let Some(name) = super::config::forbidden_sysctl(pod)
+        {
+            let reason = "SysctlForbidden".to_owned();
+            let message = format!("forbidden sysctl: \"{name}\" not allowlisted");
+            return Some(End {
+                succeeded: false,
+                reason,
+                message,
+            });
+        }
         let limit = pod.spec.as_ref().and_then(|s| s.active_deadline_seconds);
         if let (Some(limit), Some(start)) =
             (limit.and_then(|l| u64::try_from(l).ok()), self.record.start_time)
@@ -349,8 +361,8 @@ impl Worker {
         let (paths, errors) = volumes::set_up(&facts, &self.pod_dir());
         self.volumes.extend(paths);
         for error in &errors {
-            // Once the pod runs, an object that went away changes nothing.
-            if self.view.containers.is_empty() {
+            // Once it is mounted, an object that went away changes nothing.
+            if !self.volumes.contains_key(&error.volume) {
                 self.shared
                     .events
                     .emit(pod, None, Level::Warning, "FailedMount", error.to_string())
@@ -365,7 +377,6 @@ impl Worker {
             .iter()
             .flat_map(|s| s.volumes.iter().flatten())
             .all(mounted)
-            && (errors.is_empty() || !self.view.containers.is_empty())
     }
 
     /// What this node does not do yet is said, never silent.
@@ -395,14 +406,38 @@ impl Worker {
                     container.lifecycle.as_ref().is_some_and(|l| l.pre_stop.is_some()),
                     "lifecycle.preStop",
                 ),
+                (
+                    container
+                        .lifecycle
+                        .as_ref()
+                        .is_some_and(|l| l.stop_signal.is_some()),
+                    "lifecycle.stopSignal",
+                ),
                 (container.volume_devices.is_some(), "volumeDevices"),
             ];
             for (_, what) in probes.iter().filter(|(used, _)| *used) {
                 said.push((Some(container.name.clone()), (*what).to_owned()));
             }
         }
-        if ephemeral > 0 {
-            said.push((None, "ephemeralContainers".to_owned()));
+        let spec = pod.spec.as_ref();
+        for (used, what) in [
+            (ephemeral > 0, "ephemeralContainers"),
+            (
+                spec.is_some_and(|s| s.runtime_class_name.is_some()),
+                "runtimeClassName",
+            ),
+            (
+                spec.is_some_and(|s| s.resource_claims.is_some()),
+                "resourceClaims",
+            ),
+            (
+                spec.is_some_and(|s| s.host_users == Some(false)),
+                "hostUsers: false",
+            ),
+        ] {
+            if used {
+                said.push((None, what.to_owned()));
+            }
         }
         for (container, what) in said {
             let message = format!("{what} is not supported by this node yet and has no effect");

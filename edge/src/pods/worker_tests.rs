@@ -16,9 +16,9 @@ use tokio_util::sync::CancellationToken;
 use super::fixtures::UID;
 use super::{Pods, PodsConfig, SystemClock};
 use crate::runtime::{
-    Container, ContainerConfig, ContainerId, ContainerState, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth,
-    Runtime, RuntimeError, RuntimeStatus, RuntimeVersion, Sandbox, SandboxConfig, SandboxId, SandboxState,
-    StreamEndpoint, labels,
+    Container, ContainerConfig, ContainerId, ContainerState, ExecOutput, ExecRequest, Image, Inventory,
+    RegistryAuth, Runtime, RuntimeError, RuntimeStatus, RuntimeVersion, Sandbox, SandboxConfig, SandboxId,
+    SandboxState, StreamEndpoint, labels,
 };
 use crate::store::Store;
 
@@ -30,7 +30,11 @@ struct Scripted {
 
 impl Scripted {
     fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), ids: AtomicU64::new(0), changes: watch::Sender::new(0) })
+        Arc::new(Self {
+            state: Mutex::default(),
+            ids: AtomicU64::new(0),
+            changes: watch::Sender::new(0),
+        })
     }
 
     fn edit<T>(&self, change: impl FnOnce(&mut Inventory) -> T) -> T {
@@ -69,10 +73,17 @@ impl Runtime for Scripted {
         true
     }
     async fn version(&self) -> Result<RuntimeVersion, RuntimeError> {
-        Ok(RuntimeVersion { name: "scripted".into(), version: "1".into() })
+        Ok(RuntimeVersion {
+            name: "scripted".into(),
+            version: "1".into(),
+        })
     }
     async fn status(&self) -> Result<RuntimeStatus, RuntimeError> {
-        Ok(RuntimeStatus { ready: true, network_ready: true, message: String::new() })
+        Ok(RuntimeStatus {
+            ready: true,
+            network_ready: true,
+            message: String::new(),
+        })
     }
     async fn list(&self) -> Result<Inventory, RuntimeError> {
         Ok(self.state.lock().unwrap().clone())
@@ -135,7 +146,9 @@ impl Runtime for Scripted {
     async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         self.edit(|i| {
             for c in i.containers.iter_mut().filter(|c| c.id == *id) {
-                c.state = ContainerState::Running { started_at: Timestamp::now() };
+                c.state = ContainerState::Running {
+                    started_at: Timestamp::now(),
+                };
             }
         });
         Ok(())
@@ -150,7 +163,14 @@ impl Runtime for Scripted {
     }
     async fn image_status(&self, image: &str) -> Result<Option<Image>, RuntimeError> {
         let (id, none) = (image.to_owned(), String::new());
-        Ok(Some(Image { id, tags: vec![], digests: vec![], size_bytes: 1, uid: None, username: none }))
+        Ok(Some(Image {
+            id,
+            tags: vec![],
+            digests: vec![],
+            size_bytes: 1,
+            uid: None,
+            username: none,
+        }))
     }
     async fn pull_image(&self, image: &str, _: Option<&RegistryAuth>) -> Result<String, RuntimeError> {
         Ok(image.to_owned())
@@ -158,8 +178,17 @@ impl Runtime for Scripted {
     async fn list_images(&self) -> Result<Vec<Image>, RuntimeError> {
         Ok(vec![])
     }
-    async fn exec_sync(&self, _: &ContainerId, _: &[String], _: Duration) -> Result<ExecOutput, RuntimeError> {
-        Ok(ExecOutput { stdout: vec![], stderr: vec![], code: 0 })
+    async fn exec_sync(
+        &self,
+        _: &ContainerId,
+        _: &[String],
+        _: Duration,
+    ) -> Result<ExecOutput, RuntimeError> {
+        Ok(ExecOutput {
+            stdout: vec![],
+            stderr: vec![],
+            code: 0,
+        })
     }
     async fn exec(&self, _: &ContainerId, _: &ExecRequest) -> Result<StreamEndpoint, RuntimeError> {
         Err(RuntimeError::NotFound("exec".into()))
@@ -194,7 +223,11 @@ impl Site {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        Self { dir, store, runtime: Scripted::new() }
+        Self {
+            dir,
+            store,
+            runtime: Scripted::new(),
+        }
     }
 
     async fn put(&self, object: &Value) {
@@ -207,12 +240,21 @@ impl Site {
             json_zstd: pack(object).unwrap().into(),
             expires_unix: 0,
         };
-        self.store.apply(vec![change::Change::Upsert(upsert)]).await.unwrap();
+        self.store
+            .apply(vec![change::Change::Upsert(upsert)])
+            .await
+            .unwrap();
     }
 
     async fn remove(&self) {
-        let remove = Remove { kind: Kind::Pod.into(), uid: UID.into() };
-        self.store.apply(vec![change::Change::Remove(remove)]).await.unwrap();
+        let remove = Remove {
+            kind: Kind::Pod.into(),
+            uid: UID.into(),
+        };
+        self.store
+            .apply(vec![change::Change::Remove(remove)])
+            .await
+            .unwrap();
     }
 
     fn start(&self) -> Running {
@@ -223,7 +265,12 @@ impl Site {
             pod_log_dir: self.dir.path().join("logs"),
             ..PodsConfig::default()
         };
-        let pods = Pods::new(config, self.store.clone(), self.runtime.clone(), Arc::new(SystemClock));
+        let pods = Pods::new(
+            config,
+            self.store.clone(),
+            self.runtime.clone(),
+            Arc::new(SystemClock),
+        );
         let stop = CancellationToken::new();
         let token = stop.clone();
         let task = tokio::spawn(async move { pods.run(token).await.unwrap() });
@@ -247,7 +294,9 @@ impl Site {
 
     async fn running(&self, restart_count: u32) -> Container {
         self.until(|i| {
-            let up = |c: &&Container| matches!(c.state, ContainerState::Running { .. }) && c.restart_count == restart_count;
+            let up = |c: &&Container| {
+                matches!(c.state, ContainerState::Running { .. }) && c.restart_count == restart_count
+            };
             i.containers.iter().find(up).cloned()
         })
         .await
@@ -260,7 +309,9 @@ impl Site {
             loop {
                 let reports = self.store.waiting_reports(0, 1000).unwrap();
                 let hit = reports.iter().any(|r: &Report| match &r.report {
-                    Some(report::Report::PodStatus(s)) => fits(s, &serde_json::from_slice(&s.status_json).unwrap()),
+                    Some(report::Report::PodStatus(s)) => {
+                        fits(s, &serde_json::from_slice(&s.status_json).unwrap())
+                    }
                     _ => false,
                 });
                 if hit {
@@ -270,7 +321,11 @@ impl Site {
             }
         };
         let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
-        assert!(waited.is_ok(), "never reported: {:?}", self.store.waiting_reports(0, 1000).unwrap().last());
+        assert!(
+            waited.is_ok(),
+            "never reported: {:?}",
+            self.store.waiting_reports(0, 1000).unwrap().last()
+        );
     }
 }
 
@@ -287,7 +342,8 @@ async fn a_pod_starts_is_adopted_by_the_next_daemon_and_restarts_from_the_store_
     site.put(&pod("Always")).await;
     let first = site.start();
     let before = site.running(0).await;
-    site.reported(|_, s| s["phase"] == "Running" && s["podIP"] == "10.1.0.2").await;
+    site.reported(|_, s| s["phase"] == "Running" && s["podIP"] == "10.1.0.2")
+        .await;
     first.stop().await;
     let second = site.start();
     site.reported(|_, s| s["phase"] == "Running").await;
@@ -300,7 +356,8 @@ async fn a_pod_starts_is_adopted_by_the_next_daemon_and_restarts_from_the_store_
     let after = site.running(1).await;
     assert_ne!(after.id, before.id);
     assert_eq!(site.runtime.state.lock().unwrap().sandboxes[0].attempt, 1);
-    site.reported(|_, s| s["containerStatuses"][0]["restartCount"] == 1 && s["phase"] == "Running").await;
+    site.reported(|_, s| s["containerStatuses"][0]["restartCount"] == 1 && s["phase"] == "Running")
+        .await;
     third.stop().await;
 }
 
@@ -338,10 +395,12 @@ async fn a_deletion_stops_the_pod_reports_it_finished_and_the_removal_leaves_not
     deleted["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     deleted["metadata"]["deletionGracePeriodSeconds"] = json!(1);
     site.put(&deleted).await;
-    site.reported(|r, s| r.finished && s["phase"] == "Succeeded").await;
+    site.reported(|r, s| r.finished && s["phase"] == "Succeeded")
+        .await;
     assert!(!site.dir.path().join("pods").join(UID).exists());
     site.remove().await;
-    site.until(|i| (i.containers.is_empty() && i.sandboxes.is_empty()).then_some(())).await;
+    site.until(|i| (i.containers.is_empty() && i.sandboxes.is_empty()).then_some(()))
+        .await;
     daemon.stop().await;
 }
 
@@ -360,7 +419,9 @@ async fn what_runs_without_a_pod_in_the_store_is_stopped_and_what_has_one_is_not
     });
     let daemon = site.start();
     site.until(|i| (i.containers.len() == 1).then_some(())).await;
-    assert!(matches!(site.running(0).await.state, ContainerState::Running { .. }));
+    assert!(matches!(
+        site.running(0).await.state,
+        ContainerState::Running { .. }
+    ));
     daemon.stop().await;
 }
-

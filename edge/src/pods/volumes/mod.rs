@@ -74,10 +74,10 @@ fn one(facts: &Facts<'_>, volume: &Volume, pod_dir: &Path) -> Result<PathBuf, St
         if !matches!(medium, "" | "Memory") {
             return Err(format!("emptyDir medium {medium} is not supported by this node"));
         }
-        let fresh = !path.exists();
+        let mut fresh = !path.exists();
         make_dir(&path).map_err(words)?;
         if medium == "Memory" && is_root() {
-            tmpfs(&path, source.size_limit.as_ref().and_then(quantity::value)).map_err(words)?;
+            fresh |= tmpfs(&path, source.size_limit.as_ref().and_then(quantity::value)).map_err(words)?;
         }
         if fresh {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).map_err(words)?;
@@ -167,9 +167,10 @@ fn is_mount_point(path: &Path) -> bool {
         .is_some_and(|parent| device(path).is_some() && device(path) != device(parent))
 }
 
-fn tmpfs(path: &Path, size: Option<i64>) -> io::Result<()> {
+/// Mounts a tmpfs unless something is mounted there; answers whether it did.
+fn tmpfs(path: &Path, size: Option<i64>) -> io::Result<bool> {
     if is_mount_point(path) {
-        return Ok(());
+        return Ok(false);
     }
     let options = match size {
         Some(bytes) if bytes > 0 => format!("size={bytes}"),
@@ -182,7 +183,7 @@ fn tmpfs(path: &Path, size: Option<i64>) -> io::Result<()> {
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
         Some(options.as_str()),
     )?;
-    Ok(())
+    Ok(true)
 }
 
 /// Unmounts everything below a pod's directory, then removes the directory.
