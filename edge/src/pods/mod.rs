@@ -23,6 +23,7 @@ mod env;
 mod events;
 #[cfg(test)]
 mod fixtures;
+mod hooks;
 mod images;
 mod network;
 mod objects;

@@ -9,7 +9,7 @@ use super::events::Level;
 use super::plan::{inits, is_sidecar};
 use super::record::{End, View};
 use super::worker::{Orders, SyncError, Worker, deletion_time, grace};
-use super::{ROOM, status, volumes};
+use super::{ROOM, hooks, status, volumes};
 use crate::runtime::{Container, ContainerState, RuntimeError, SandboxState};
 
 /// The least time that a container gets between the stop signal and the kill, while its pod exists.
@@ -150,7 +150,8 @@ impl Worker {
                         .emit(pod, Some(&container.name), Level::Normal, "Killing", message)
                         .await;
                 }
-                stops.push(self.shared.runtime.stop_container(&container.id, left));
+                let (runtime, events) = (self.shared.runtime.as_ref(), &self.shared.events);
+                stops.push(hooks::stop(runtime, events, pod, container, left, LEAST));
             }
             for result in join_all(stops).await {
                 ignore_missing(result)?;

@@ -403,8 +403,9 @@ impl Worker {
                     "lifecycle.postStart",
                 ),
                 (
-                    container.lifecycle.as_ref().is_some_and(|l| l.pre_stop.is_some()),
-                    "lifecycle.preStop",
+                    super::hooks::pre_stop(pod, &container.name)
+                        .is_some_and(|h| !super::hooks::is_supported(h)),
+                    "lifecycle.preStop other than exec and sleep",
                 ),
                 (
                     container
@@ -504,10 +505,19 @@ impl Worker {
                         .emit(pod, Some(&name), Level::Normal, "Killing", message)
                         .await;
                     let grace = own.unwrap_or_else(|| grace(pod)).max(Duration::from_secs(2));
-                    self.shared
-                        .runtime
-                        .stop_container(&ContainerId(id), grace)
-                        .await?;
+                    let Some(instance) = self.view.containers.iter().find(|c| c.id.0 == id) else {
+                        continue;
+                    };
+                    let (runtime, events) = (self.shared.runtime.as_ref(), &self.shared.events);
+                    super::hooks::stop(
+                        runtime,
+                        events,
+                        Some(pod),
+                        instance,
+                        grace,
+                        Duration::from_secs(2),
+                    )
+                    .await?;
                     progress = true;
                 }
                 Step::Start {

@@ -26,6 +26,7 @@ struct Scripted {
     state: Mutex<Inventory>,
     ids: AtomicU64,
     changes: watch::Sender<u64>,
+    execs: Mutex<Vec<Vec<String>>>,
 }
 
 impl Scripted {
@@ -34,6 +35,7 @@ impl Scripted {
             state: Mutex::default(),
             ids: AtomicU64::new(0),
             changes: watch::Sender::new(0),
+            execs: Mutex::default(),
         })
     }
 
@@ -181,9 +183,10 @@ impl Runtime for Scripted {
     async fn exec_sync(
         &self,
         _: &ContainerId,
-        _: &[String],
+        command: &[String],
         _: Duration,
     ) -> Result<ExecOutput, RuntimeError> {
+        self.execs.lock().unwrap().push(command.to_vec());
         Ok(ExecOutput {
             stdout: vec![],
             stderr: vec![],
@@ -423,5 +426,21 @@ async fn what_runs_without_a_pod_in_the_store_is_stopped_and_what_has_one_is_not
         site.running(0).await.state,
         ContainerState::Running { .. }
     ));
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_pre_stop_command_runs_once_before_the_pod_stops() {
+    let site = Site::new();
+    let mut deleted = pod("Always");
+    deleted["spec"]["containers"][0]["lifecycle"] = json!({"preStop": {"exec": {"command": ["drain"]}}});
+    site.put(&deleted).await;
+    let daemon = site.start();
+    site.running(0).await;
+    assert!(site.runtime.execs.lock().unwrap().is_empty());
+    deleted["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    site.put(&deleted).await;
+    site.reported(|r, _| r.finished).await;
+    assert_eq!(*site.runtime.execs.lock().unwrap(), [["drain"]]);
     daemon.stop().await;
 }
