@@ -25,6 +25,7 @@ mod events;
 mod fixtures;
 mod hooks;
 mod images;
+mod message;
 mod network;
 mod objects;
 mod plan;
@@ -32,6 +33,7 @@ mod quantity;
 mod record;
 mod status;
 mod teardown;
+mod tell;
 mod volumes;
 mod worker;
 #[cfg(test)]
