@@ -1,0 +1,462 @@
+//! Sandboxes and containers as a pod's spec wants them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Container, Pod, Secret};
+
+use super::config;
+use super::env::{self, ConfigError, Facts};
+use super::events::Level;
+use super::images::{self, Outcome, Request};
+use super::message::message_file;
+use super::network;
+use super::objects::Objects;
+use super::plan::{inits, regulars, spec_hash};
+use super::quantity;
+use super::record::State;
+use super::status::Waiting;
+use super::volumes::{Subpath, prepare_subpath};
+use super::worker::{SyncError, Worker};
+use crate::runtime::{
+    self, ContainerConfig, Mount, NamespaceOptions, Propagation, RuntimeError, SandboxConfig, labels,
+};
+
+impl Worker {
+    /// Makes the pod's sandbox; answers whether it is there.
+    pub(super) async fn run_sandbox(&mut self, pod: &Pod, attempt: u32) -> Result<bool, SyncError> {
+        let config = self.sandbox_config(pod, attempt).await;
+        let io = |path: &Path, error| SyncError::Io {
+            path: path.to_owned(),
+            error,
+        };
+        std::fs::create_dir_all(&config.log_directory).map_err(|e| io(&config.log_directory, e))?;
+        let dir = self.pod_dir();
+        std::fs::create_dir_all(&dir).map_err(|e| io(&dir, e))?;
+        // The number is taken whatever happens: a name half reserved in the runtime is not used again.
+        self.record.sandboxes_made = attempt + 1;
+        self.save()?;
+        match self.shared.runtime.run_sandbox(&config).await {
+            Ok(id) => {
+                self.record.sandbox = Some(id.0);
+                self.save()?;
+                Ok(true)
+            }
+            Err(error) => {
+                let message = format!("Failed to create pod sandbox: {error}");
+                self.shared
+                    .events
+                    .emit(pod, None, Level::Warning, "FailedCreatePodSandBox", message)
+                    .await;
+                self.again = self.again.min(Duration::from_secs(10));
+                Ok(false)
+            }
+        }
+    }
+
+    pub(super) fn log_dir(&self) -> PathBuf {
+        let name = format!("{}_{}_{}", self.record.namespace, self.record.name, self.uid);
+        self.shared.config.pod_log_dir.join(name)
+    }
+
+    async fn sandbox_config(&self, pod: &Pod, attempt: u32) -> SandboxConfig {
+        let settings = &self.shared.config;
+        let spec = pod.spec.clone().unwrap_or_default();
+        let node = std::fs::read_to_string(&settings.resolv_conf).unwrap_or_default();
+        let node = network::parse_resolv_conf(&node);
+        let dns = network::dns(pod, &settings.cluster_dns, &settings.cluster_domain, &node);
+        if let Some(message) = dns.cut {
+            self.shared
+                .events
+                .emit(pod, None, Level::Warning, "DNSConfigForming", message)
+                .await;
+        }
+        if dns.missing_cluster && self.shared.runtime.isolated() {
+            let message =
+                "the node has no cluster DNS configured and cannot create Pod using \"ClusterFirst\" \
+                           policy. Falling back to \"Default\" policy."
+                    .to_owned();
+            self.shared
+                .events
+                .emit(pod, None, Level::Warning, "MissingClusterDNS", message)
+                .await;
+        }
+        let context = spec.security_context.as_ref();
+        let sysctls = context.and_then(|c| c.sysctls.clone()).unwrap_or_default();
+        SandboxConfig {
+            name: self.record.name.clone(),
+            namespace: self.record.namespace.clone(),
+            uid: self.uid.clone(),
+            attempt,
+            hostname: network::kernel_hostname(pod, &settings.cluster_domain),
+            log_directory: self.log_dir(),
+            dns: Some(dns.config),
+            ports: config::port_mappings(pod),
+            labels: self.labels(pod, None),
+            annotations: pod.metadata.annotations.clone().unwrap_or_default(),
+            cgroup_parent: config::cgroup_parent(pod),
+            namespaces: NamespaceOptions {
+                host_network: spec.host_network.unwrap_or(false),
+                host_pid: spec.host_pid.unwrap_or(false),
+                host_ipc: spec.host_ipc.unwrap_or(false),
+                share_process: spec.share_process_namespace.unwrap_or(false),
+            },
+            sysctls: sysctls
+                .into_iter()
+                .map(|s| (s.name.replace('/', "."), s.value))
+                .collect(),
+            privileged: inits(pod).iter().chain(regulars(pod)).any(config::is_privileged),
+            runtime_handler: String::new(),
+            supplemental_groups: config::supplemental_groups(pod),
+        }
+    }
+
+    /// The pod's labels and ours; with the container's name when one is given.
+    fn labels(&self, pod: &Pod, container: Option<&str>) -> BTreeMap<String, String> {
+        let mut all = if container.is_some() {
+            None
+        } else {
+            pod.metadata.labels.clone()
+        }
+        .unwrap_or_default();
+        let mut put = |key: &str, value: &str| all.insert(key.to_owned(), value.to_owned());
+        put(labels::POD_NAME, &self.record.name);
+        put(labels::POD_NAMESPACE, &self.record.namespace);
+        put(labels::POD_UID, self.uid.as_str());
+        put(labels::MANAGED_BY, "skerry");
+        if let Some(name) = container {
+            put(labels::CONTAINER_NAME, name);
+        }
+        all
+    }
+
+    /// Makes and starts a container; answers whether it started. What keeps it from that is noted for the status.
+    pub(super) async fn start_container(
+        &mut self,
+        pod: &Pod,
+        container: &Container,
+        restart_count: u32,
+    ) -> Result<bool, SyncError> {
+        let name = &container.name;
+        let Some(image_ref) = self.image(pod, container).await else {
+            return Ok(false);
+        };
+        let sandbox_config = self
+            .sandbox_config(pod, self.record.sandboxes_made.saturating_sub(1))
+            .await;
+        let image = self.shared.runtime.image_status(&image_ref).await.ok().flatten();
+        let prepared = self.container_config(pod, container, restart_count, image_ref, image.as_ref());
+        let config = match prepared {
+            Ok(config) => config,
+            Err(ConfigError(message)) => {
+                self.fail(pod, name, "CreateContainerConfigError", message).await;
+                return Ok(false);
+            }
+        };
+        let Some(sandbox) = self.view.ready_sandbox().map(|s| s.id.clone()) else {
+            return Ok(false);
+        };
+        let id = match self
+            .shared
+            .runtime
+            .create_container(&sandbox, &config, &sandbox_config)
+            .await
+        {
+            Ok(id) => id,
+            Err(error @ RuntimeError::Unavailable { .. }) => return Err(error.into()),
+            Err(error) => {
+                self.fail(pod, name, "CreateContainerError", error.to_string())
+                    .await;
+                return Ok(false);
+            }
+        };
+        self.shared
+            .events
+            .emit(
+                pod,
+                Some(name),
+                Level::Normal,
+                "Created",
+                "Container created".to_owned(),
+            )
+            .await;
+        if let Err(error) = self.shared.runtime.start_container(&id).await {
+            self.fail(pod, name, "RunContainerError", error.to_string()).await;
+            return Ok(false);
+        }
+        self.shared
+            .events
+            .emit(
+                pod,
+                Some(name),
+                Level::Normal,
+                "Started",
+                "Container started".to_owned(),
+            )
+            .await;
+        self.waiting.remove(name);
+        Ok(true)
+    }
+
+    async fn fail(&mut self, pod: &Pod, container: &str, reason: &str, message: String) {
+        self.shared
+            .events
+            .emit(
+                pod,
+                Some(container),
+                Level::Warning,
+                "Failed",
+                format!("Error: {message}"),
+            )
+            .await;
+        self.waiting.insert(
+            container.to_owned(),
+            Waiting {
+                reason: reason.to_owned(),
+                message,
+            },
+        );
+        self.again = self.again.min(Duration::from_secs(10));
+    }
+
+    /// The container's image reference, once it is there.
+    async fn image(&mut self, pod: &Pod, container: &Container) -> Option<String> {
+        let image = container.image.as_deref().unwrap_or_default();
+        let policy = container
+            .image_pull_policy
+            .as_deref()
+            .unwrap_or_else(|| images::default_policy(image));
+        let waker = self.waker.clone();
+        let request = Request {
+            pod,
+            container: &container.name,
+            image,
+            policy,
+            auths: images::credentials(image, &self.pull_secrets(pod).await),
+            wake: std::sync::Arc::new(move || waker.send_modify(|o| o.wakes += 1)),
+        };
+        match self.shared.images.ensure(request).await {
+            Outcome::Ready(reference) => Some(reference),
+            Outcome::Pulling => None,
+            Outcome::Failed(waiting, again) => {
+                if let Some(reference) = self.known_image(container).await {
+                    let message = format!(
+                        "Image \"{image}\" cannot be pulled ({}); the copy that this container ran before is used",
+                        waiting.message
+                    );
+                    self.shared
+                        .events
+                        .emit(pod, Some(&container.name), Level::Warning, "Failed", message)
+                        .await;
+                    return Some(reference);
+                }
+                if let Some(again) = again {
+                    self.again = self.again.min(again);
+                }
+                let changed = self.waiting.get(&container.name).map(|w| &w.reason) != Some(&waiting.reason);
+                if changed {
+                    let message = format!("Error: {}", waiting.reason);
+                    self.shared
+                        .events
+                        .emit(pod, Some(&container.name), Level::Warning, "Failed", message)
+                        .await;
+                }
+                self.waiting.insert(container.name.clone(), waiting);
+                None
+            }
+        }
+    }
+
+    /// With `Always` and no way to the registry, an image that this very container ran before is good enough: that is
+    /// how a site comes up after a reboot without a link. A kubelet would wait.
+    async fn known_image(&self, container: &Container) -> Option<String> {
+        let last = self.record.last(&container.name)?;
+        if last.image_ref.is_empty()
+            || !matches!(last.state, State::Exited(_))
+            || last.spec_hash != spec_hash(container)
+        {
+            return None;
+        }
+        self.shared
+            .runtime
+            .image_status(&last.image_ref)
+            .await
+            .ok()
+            .flatten()
+            .map(|i| i.id)
+    }
+
+    async fn pull_secrets(&self, pod: &Pod) -> Vec<Secret> {
+        let mut found = Vec::new();
+        for reference in pod
+            .spec
+            .iter()
+            .flat_map(|s| s.image_pull_secrets.iter().flatten())
+        {
+            match self.shared.store.secret(&self.record.namespace, &reference.name) {
+                Some(secret) => found.push(secret),
+                None => {
+                    let message = format!(
+                        "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
+                        reference.name
+                    );
+                    let events = &self.shared.events;
+                    events
+                        .emit(
+                            pod,
+                            None,
+                            Level::Warning,
+                            "FailedToRetrieveImagePullSecret",
+                            message,
+                        )
+                        .await;
+                }
+            }
+        }
+        found
+    }
+
+    fn container_config(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        restart_count: u32,
+        image_ref: String,
+        image: Option<&runtime::Image>,
+    ) -> Result<ContainerConfig, ConfigError> {
+        let ips = self.pod_ips();
+        let objects = &self.shared.store;
+        let facts = Facts {
+            pod,
+            host_ip: self.shared.config.node_ip,
+            pod_ips: &ips,
+            objects,
+        };
+        let env = env::environment(&facts, container)?;
+        let known: HashMap<String, String> = env.iter().cloned().collect();
+        let expand = |list: &Option<Vec<String>>| -> Vec<String> {
+            list.iter()
+                .flatten()
+                .map(|text| env::expand(text, &known))
+                .collect()
+        };
+        let memory = objects
+            .node()
+            .and_then(|n| n.status?.capacity?.get("memory").and_then(quantity::value))
+            .unwrap_or(0);
+        let message_path = container
+            .termination_message_path
+            .as_deref()
+            .unwrap_or("/dev/termination-log");
+        let policy = container.termination_message_policy.as_deref().unwrap_or("File");
+        let log_path = PathBuf::from(&container.name).join(format!("{restart_count}.log"));
+        let log_dir = self.log_dir().join(&container.name);
+        std::fs::create_dir_all(&log_dir).map_err(|e| ConfigError(format!("{}: {e}", log_dir.display())))?;
+        let annotations = [
+            (labels::CONTAINER_HASH, spec_hash(container)),
+            (labels::RESTART_COUNT, restart_count.to_string()),
+            (labels::TERMINATION_MESSAGE_PATH, message_path.to_owned()),
+            (labels::TERMINATION_MESSAGE_POLICY, policy.to_owned()),
+        ];
+        Ok(ContainerConfig {
+            name: container.name.clone(),
+            attempt: restart_count,
+            image: container.image.clone().unwrap_or_default(),
+            image_ref,
+            command: expand(&container.command),
+            args: expand(&container.args),
+            working_dir: container.working_dir.clone().unwrap_or_default(),
+            mounts: self.mounts(pod, container, restart_count, &known, message_path)?,
+            env,
+            labels: self.labels(pod, Some(&container.name)),
+            annotations: annotations.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
+            log_path,
+            stdin: container.stdin.unwrap_or(false),
+            stdin_once: container.stdin_once.unwrap_or(false),
+            tty: container.tty.unwrap_or(false),
+            resources: config::resources(pod, container, memory),
+            security: config::security(pod, container, image, self.shared.config.seccomp_default)?,
+        })
+    }
+
+    fn mounts(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        restart_count: u32,
+        known: &HashMap<String, String>,
+        message_path: &str,
+    ) -> Result<Vec<Mount>, ConfigError> {
+        let dir = self.pod_dir();
+        let mut mounts = Vec::new();
+        for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
+            let volume = self.volumes.get(&mount.name).ok_or_else(|| {
+                ConfigError(format!(
+                    "volume {} of container {} is not mounted",
+                    mount.name, container.name
+                ))
+            })?;
+            let sub = match (&mount.sub_path, &mount.sub_path_expr) {
+                (Some(path), _) if !path.is_empty() => Some(path.clone()),
+                (_, Some(expr)) if !expr.is_empty() => Some(env::expand(expr, known)),
+                _ => None,
+            };
+            let host_path = match sub {
+                None => volume.clone(),
+                Some(path) => {
+                    let target = dir
+                        .join("volume-subpaths")
+                        .join(&mount.name)
+                        .join(&container.name)
+                        .join(index.to_string());
+                    prepare_subpath(&Subpath {
+                        volume,
+                        path: &path,
+                        target: &target,
+                    })
+                    .map_err(ConfigError)?
+                }
+            };
+            mounts.push(Mount {
+                container_path: mount.mount_path.clone(),
+                host_path,
+                readonly: mount.read_only.unwrap_or(false),
+                propagation: match mount.mount_propagation.as_deref() {
+                    Some("HostToContainer") => Propagation::HostToContainer,
+                    Some("Bidirectional") => Propagation::Bidirectional,
+                    _ => Propagation::Private,
+                },
+            });
+        }
+        let io = |path: &Path, e: std::io::Error| ConfigError(format!("{}: {e}", path.display()));
+        let own_hosts = mounts.iter().any(|m| m.container_path == "/etc/hosts");
+        if !own_hosts && self.shared.runtime.isolated() {
+            let path = dir.join("etc-hosts");
+            let node = std::fs::read_to_string("/etc/hosts").unwrap_or_default();
+            let text = network::hosts_file(pod, &self.pod_ips(), &self.shared.config.cluster_domain, &node);
+            std::fs::write(&path, text).map_err(|e| io(&path, e))?;
+            mounts.push(Mount {
+                container_path: "/etc/hosts".to_owned(),
+                host_path: path,
+                readonly: false,
+                propagation: Propagation::Private,
+            });
+        }
+        let path = message_file(&dir, &container.name, restart_count);
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(|e| io(parent, e))?;
+        }
+        std::fs::write(&path, b"").map_err(|e| io(&path, e))?;
+        // The container may run as any user.
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).map_err(|e| io(&path, e))?;
+        mounts.push(Mount {
+            container_path: message_path.to_owned(),
+            host_path: path,
+            readonly: false,
+            propagation: Propagation::Private,
+        });
+        Ok(mounts)
+    }
+}

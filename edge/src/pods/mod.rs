@@ -1,0 +1,384 @@
+//! The pod lifecycle: what a kubelet does, over any [`Runtime`].
+//!
+//! **In:** Pods and the objects that they refer to, from the store; the runtime's inventory. **Out:** sandboxes and
+//! containers in the runtime; status reports and events in the store's outbox.
+//!
+//! One task ([`worker`]) owns each pod. It looks at the runtime, merges that into the pod's record ([`record`]), asks
+//! the pure functions [`plan`] and [`status`] what to do and what to say, and does it. The supervisor here only starts
+//! workers and wakes them: orders to a worker are a `watch`, so they never queue up and never block.
+//!
+//! What must always hold:
+//! * A pod is identified by its UID; the same name with another UID is another pod.
+//! * A running container whose pod is in the store is never touched because the daemon started or stopped.
+//! * A pod is stopped for three reasons only: its object carries a deletionTimestamp, its object was removed from the
+//!   store by an explicit order, or it ended by its own rules.
+//! * A terminal phase is reported only when nothing of the pod can be running, and is final.
+//! * A container with our label whose pod is not in the store is stopped: the store is the truth.
+
+mod backoff;
+mod clock;
+mod config;
+mod create;
+mod env;
+mod events;
+#[cfg(test)]
+mod fixtures;
+mod hooks;
+mod images;
+mod message;
+mod network;
+mod objects;
+mod plan;
+mod quantity;
+mod record;
+mod status;
+mod teardown;
+mod tell;
+mod volumes;
+mod worker;
+#[cfg(test)]
+mod worker_tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use skerry_proto::link::Kind;
+use skerry_proto::object::{ObjectKey, Uid};
+use tokio::sync::{broadcast, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::runtime::{Inventory, Runtime};
+use crate::store::{ObjectChanged, Store, StoreError};
+pub use clock::{Clock, SystemClock};
+use events::Events;
+use images::Images;
+use record::PodRecord;
+use worker::{Orders, Shared, Worker};
+
+/// The room's name for its records in the store.
+const ROOM: &str = "pods";
+
+/// How often everything is looked at even without a notice.
+const RESYNC: Duration = Duration::from_secs(60);
+
+/// Settings of the pod lifecycle.
+#[derive(Clone, Debug)]
+pub struct PodsConfig {
+    /// The node's name: the site's.
+    pub node_name: String,
+    /// The node's address: `status.hostIP`.
+    pub node_ip: Option<IpAddr>,
+    /// Directory of the pods' volumes and files; one subdirectory per UID.
+    pub root_dir: PathBuf,
+    /// Directory of container logs, `/var/log/pods` on a real node.
+    pub pod_log_dir: PathBuf,
+    /// Name servers of the cluster; empty when it has none for this site.
+    pub cluster_dns: Vec<IpAddr>,
+    /// Domain of the cluster, `cluster.local`.
+    pub cluster_domain: String,
+    /// The node's own resolver file.
+    pub resolv_conf: PathBuf,
+    /// Image pulls at one time.
+    pub parallel_pulls: usize,
+    /// Containers without a seccomp profile get the runtime's default.
+    pub seccomp_default: bool,
+}
+
+impl Default for PodsConfig {
+    fn default() -> Self {
+        Self {
+            node_name: String::new(),
+            node_ip: None,
+            root_dir: PathBuf::from("/var/lib/skerry/pods"),
+            pod_log_dir: PathBuf::from("/var/log/pods"),
+            cluster_dns: Vec::new(),
+            cluster_domain: "cluster.local".to_owned(),
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            parallel_pulls: 3,
+            seccomp_default: false,
+        }
+    }
+}
+
+/// The site's pods in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// The first look at store and runtime is done: pods are adopted.
+    pub synced: bool,
+    /// Pods by phase as last reported (`Pending`, `Running`, `Succeeded`, `Failed`).
+    pub by_phase: BTreeMap<String, usize>,
+    /// Restarts of containers since the daemon started.
+    pub restarts: u64,
+    /// The last error of the runtime's list, empty when it answers.
+    pub runtime_error: String,
+}
+
+/// The pod lifecycle. Clones share one set of pods.
+#[derive(Clone)]
+pub struct Pods {
+    shared: Arc<Shared>,
+}
+
+impl Pods {
+    /// Prepares the lifecycle; nothing runs before [`Pods::run`].
+    pub fn new(config: PodsConfig, store: Store, runtime: Arc<dyn Runtime>, clock: Arc<dyn Clock>) -> Self {
+        let events = Events::new(store.clone(), clock.clone());
+        let images = Images::new(
+            runtime.clone(),
+            events.clone(),
+            clock.clone(),
+            config.parallel_pulls,
+        );
+        let shared = Shared {
+            config,
+            store,
+            runtime,
+            clock,
+            events,
+            images,
+            phases: Mutex::default(),
+            summary: watch::Sender::new(Summary::default()),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// The site's pods in numbers, from now on.
+    pub fn summary(&self) -> watch::Receiver<Summary> {
+        self.shared.summary.subscribe()
+    }
+
+    /// Pods that have a worker.
+    pub fn pod_count(&self) -> usize {
+        self.shared
+            .phases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    /// Runs the pods until `stop`. Containers go on running afterwards, and are adopted by the next run.
+    ///
+    /// Fails when the store cannot be read at the start.
+    pub async fn run(&self, stop: CancellationToken) -> Result<(), StoreError> {
+        let mut supervisor = Supervisor {
+            shared: self.shared.clone(),
+            workers: BTreeMap::new(),
+            tasks: JoinSet::new(),
+            seen: BTreeMap::new(),
+            stop: stop.clone(),
+        };
+        let mut objects = self.shared.store.changes();
+        let mut runtime = self.shared.runtime.changes();
+        supervisor.look_at_everything()?;
+        let mut tick = tokio::time::interval(RESYNC);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                notice = objects.recv() => supervisor.object_changed(notice),
+                moved = runtime.changed() => supervisor.runtime_moved(moved.is_ok()).await,
+                _ = tick.tick() => {
+                    supervisor.resync().await;
+                    supervisor.wake(|_| true);
+                }
+                Some(ended) = supervisor.tasks.join_next() => supervisor.worker_ended(ended),
+            }
+        }
+        while supervisor.tasks.join_next().await.is_some() {}
+        Ok(())
+    }
+}
+
+/// Starts workers and wakes them.
+struct Supervisor {
+    shared: Arc<Shared>,
+    workers: BTreeMap<Uid, watch::Sender<Orders>>,
+    tasks: JoinSet<Uid>,
+    /// The runtime's pods at the last look, to wake only those that changed.
+    seen: BTreeMap<Uid, Inventory>,
+    stop: CancellationToken,
+}
+
+impl Supervisor {
+    /// Every pod of the store has a worker, and every worker whose pod is gone is told.
+    fn look_at_everything(&mut self) -> Result<(), StoreError> {
+        let stored = self.shared.store.list(Kind::Pod)?;
+        let present: BTreeSet<Uid> = stored.iter().map(|o| o.key.uid.clone()).collect();
+        for object in &stored {
+            self.pod_changed(&object.key);
+        }
+        // Records without an object: pods whose removal was not finished when the daemon stopped.
+        for (uid, _) in self.shared.store.state_list::<PodRecord>(ROOM)? {
+            let uid = Uid::from(uid);
+            if !present.contains(&uid) {
+                self.start(&uid);
+            }
+        }
+        for (uid, orders) in &self.workers {
+            if !present.contains(uid) {
+                orders.send_modify(|o| o.removed = true);
+            }
+        }
+        Ok(())
+    }
+
+    fn object_changed(&mut self, notice: Result<ObjectChanged, broadcast::error::RecvError>) {
+        let notice = match notice {
+            Ok(notice) => notice,
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                tracing::info!(missed, "object notices were missed, looking at everything");
+                if let Err(error) = self.look_at_everything() {
+                    tracing::error!(%error, "the stored pods cannot be read");
+                }
+                self.wake(|_| true);
+                return;
+            }
+            // The store lives as long as this room: nothing more will come.
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        match notice.key.kind {
+            Kind::Pod if notice.removed => {
+                self.start(&notice.key.uid);
+                if let Some(orders) = self.workers.get(&notice.key.uid) {
+                    orders.send_modify(|o| o.removed = true);
+                }
+            }
+            Kind::Pod => self.pod_changed(&notice.key),
+            Kind::ServiceAccountToken => {
+                let pod = notice.key.uid.as_str().split('/').next().map(Uid::from);
+                self.wake(|uid| Some(uid) == pod.as_ref());
+            }
+            Kind::ConfigMap | Kind::Secret => self.wake(|_| true),
+            _ => {}
+        }
+    }
+
+    /// Hands the newest object to the pod's worker.
+    fn pod_changed(&mut self, key: &ObjectKey) {
+        let pod = match self.shared.store.get(key) {
+            Ok(Some(object)) => object.decode::<Pod>().map_err(|e| e.to_string()),
+            Ok(None) => return,
+            Err(error) => Err(error.to_string()),
+        };
+        match pod {
+            Ok(pod) => {
+                self.start(&key.uid);
+                if let Some(orders) = self.workers.get(&key.uid) {
+                    orders.send_modify(|o| o.pod = Some(Arc::new(pod)));
+                }
+            }
+            Err(error) => {
+                tracing::error!(uid = %key.uid, error, "a stored pod cannot be read; it is left as it is")
+            }
+        }
+    }
+
+    fn start(&mut self, uid: &Uid) {
+        if self.workers.contains_key(uid) {
+            return;
+        }
+        let orders = watch::Sender::new(Orders::default());
+        let worker = Worker::new(self.shared.clone(), uid.clone(), orders.clone());
+        let (stop, uid_of_task) = (self.stop.clone(), uid.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = worker.run() => {}
+            }
+            uid_of_task
+        });
+        self.workers.insert(uid.clone(), orders);
+    }
+
+    fn wake(&self, which: impl Fn(&Uid) -> bool) {
+        for (uid, orders) in &self.workers {
+            if which(uid) {
+                orders.send_modify(|o| o.wakes += 1);
+            }
+        }
+    }
+
+    /// Something may have changed in the runtime: wake the pods that it concerns, stop what has no pod.
+    async fn runtime_moved(&mut self, alive: bool) {
+        if !alive {
+            // The runtime's watcher is gone; the tick goes on looking.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        self.resync().await;
+    }
+
+    async fn resync(&mut self) {
+        let inventory = match self.shared.runtime.list().await {
+            Ok(inventory) => inventory,
+            Err(error) => {
+                tracing::warn!(%error, "the runtime cannot be listed");
+                self.shared
+                    .summary
+                    .send_modify(|s| s.runtime_error = error.to_string());
+                return;
+            }
+        };
+        self.shared.summary.send_modify(|s| {
+            s.runtime_error.clear();
+            s.synced = true;
+        });
+        let mut by_pod = BTreeMap::<Uid, Inventory>::new();
+        for sandbox in inventory.sandboxes {
+            by_pod
+                .entry(sandbox.pod_uid.clone())
+                .or_default()
+                .sandboxes
+                .push(sandbox);
+        }
+        for container in inventory.containers {
+            by_pod
+                .entry(container.pod_uid.clone())
+                .or_default()
+                .containers
+                .push(container);
+        }
+        let before = std::mem::replace(&mut self.seen, by_pod);
+        let in_runtime: Vec<Uid> = self.seen.keys().cloned().collect();
+        for uid in in_runtime {
+            if self.workers.contains_key(&uid) {
+                continue;
+            }
+            let key = ObjectKey {
+                kind: Kind::Pod,
+                uid: uid.clone(),
+            };
+            match self.shared.store.get(&key) {
+                Ok(Some(_)) => self.pod_changed(&key),
+                Ok(None) => {
+                    tracing::info!(%uid, "a pod runs here that the store does not know; it is stopped");
+                    self.start(&uid);
+                    if let Some(orders) = self.workers.get(&uid) {
+                        orders.send_modify(|o| o.removed = true);
+                    }
+                }
+                // Nothing is known, so nothing is stopped.
+                Err(error) => tracing::error!(%uid, %error, "the store cannot be read"),
+            }
+        }
+        self.wake(|uid| self.seen.get(uid) != before.get(uid));
+    }
+
+    fn worker_ended(&mut self, ended: Result<Uid, tokio::task::JoinError>) {
+        match ended {
+            Ok(uid) => {
+                self.workers.remove(&uid);
+            }
+            Err(error) => {
+                tracing::error!(%error, "a pod's worker failed; it starts again with the next look")
+            }
+        }
+        self.workers.retain(|_, orders| orders.receiver_count() > 0);
+    }
+}

@@ -1,0 +1,187 @@
+//! What a pod's worker tells the cloud: its status, and what keeps it waiting.
+
+use std::collections::BTreeMap;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use skerry_proto::link::{PodStatusReport, report};
+
+use super::events::Level;
+use super::plan::{Plan, inits, regulars};
+use super::status::{self, Waiting};
+use super::worker::{SyncError, Worker};
+use crate::store::NewReport;
+
+impl Worker {
+    /// What this node does not do yet is said, never silent.
+    pub(super) async fn say_unsupported(&mut self, pod: &Pod) {
+        if std::mem::replace(&mut self.said_unsupported, true) {
+            return;
+        }
+        let ephemeral = pod
+            .spec
+            .iter()
+            .flat_map(|s| s.ephemeral_containers.iter().flatten())
+            .count();
+        let mut said = Vec::new();
+        for container in inits(pod).iter().chain(regulars(pod)) {
+            let probes = [
+                (container.liveness_probe.is_some(), "livenessProbe"),
+                (container.readiness_probe.is_some(), "readinessProbe"),
+                (container.startup_probe.is_some(), "startupProbe"),
+                (
+                    container
+                        .lifecycle
+                        .as_ref()
+                        .is_some_and(|l| l.post_start.is_some()),
+                    "lifecycle.postStart",
+                ),
+                (
+                    super::hooks::pre_stop(pod, &container.name)
+                        .is_some_and(|h| !super::hooks::is_supported(h)),
+                    "lifecycle.preStop other than exec and sleep",
+                ),
+                (
+                    container
+                        .lifecycle
+                        .as_ref()
+                        .is_some_and(|l| l.stop_signal.is_some()),
+                    "lifecycle.stopSignal",
+                ),
+                (container.volume_devices.is_some(), "volumeDevices"),
+            ];
+            for (_, what) in probes.iter().filter(|(used, _)| *used) {
+                said.push((Some(container.name.clone()), (*what).to_owned()));
+            }
+        }
+        let spec = pod.spec.as_ref();
+        for (used, what) in [
+            (ephemeral > 0, "ephemeralContainers"),
+            (
+                spec.is_some_and(|s| s.runtime_class_name.is_some()),
+                "runtimeClassName",
+            ),
+            (
+                spec.is_some_and(|s| s.resource_claims.is_some()),
+                "resourceClaims",
+            ),
+            (
+                spec.is_some_and(|s| s.host_users == Some(false)),
+                "hostUsers: false",
+            ),
+        ] {
+            if used {
+                said.push((None, what.to_owned()));
+            }
+        }
+        for (container, what) in said {
+            let message = format!("{what} is not supported by this node yet and has no effect");
+            self.shared
+                .events
+                .emit(pod, container.as_deref(), Level::Warning, "Unsupported", message)
+                .await;
+        }
+    }
+
+    pub(super) async fn note_waits(&mut self, pod: &Pod, plan: &Plan) {
+        for waits in &plan.waits {
+            self.again = self.again.min(waits.remaining);
+            let full = format!(
+                "{}_{}({})",
+                pod.metadata.name.as_deref().unwrap_or_default(),
+                pod.metadata.namespace.as_deref().unwrap_or_default(),
+                self.uid
+            );
+            let message = format!(
+                "back-off {} restarting failed container={} pod={full}",
+                short(waits.delay),
+                waits.name
+            );
+            let reason = "CrashLoopBackOff".to_owned();
+            let new = Waiting { reason, message };
+            if self.waiting.insert(waits.name.clone(), new.clone()) != Some(new) {
+                let message = format!(
+                    "Back-off restarting failed container {} in pod {full}",
+                    waits.name
+                );
+                self.shared
+                    .events
+                    .emit(pod, Some(&waits.name), Level::Warning, "BackOff", message)
+                    .await;
+            }
+        }
+    }
+
+    /// Reports the status when it has changed; `finished` always.
+    pub(super) async fn publish(&mut self, pod: &Pod, finished: bool) -> Result<(), SyncError> {
+        let ips = self.pod_ips();
+        let context = status::Context {
+            scheme: self.shared.runtime.scheme(),
+            host_ip: self.shared.config.node_ip,
+            pod_ips: &ips,
+            sandbox_ready: self.view.ready_sandbox().is_some(),
+            waiting: &self.waiting,
+            now: self.shared.clock.now(),
+        };
+        // Through JSON, so that it compares equal to what was stored.
+        let json = serde_json::to_vec(&status::build(pod, &self.record, &context)).unwrap_or_default();
+        let status: k8s_openapi::api::core::v1::PodStatus = serde_json::from_slice(&json).unwrap_or_default();
+        self.note_phase(status.phase.clone().unwrap_or_default());
+        if self.record.status.as_ref() == Some(&status) && (!finished || self.record.finished) {
+            return Ok(());
+        }
+        let body = report::Report::PodStatus(PodStatusReport {
+            uid: self.uid.to_string(),
+            namespace: self.record.namespace.clone(),
+            name: self.record.name.clone(),
+            status_json: json.into(),
+            finished: finished || self.record.finished,
+        });
+        let coalesce = Some(format!("pod/{}", self.uid));
+        self.shared
+            .store
+            .report(NewReport {
+                coalesce,
+                observed: self.shared.clock.now(),
+                body,
+            })
+            .await?;
+        self.record.status = Some(status);
+        self.record.finished |= finished;
+        self.save()
+    }
+
+    fn note_phase(&self, phase: String) {
+        let mut phases = self.shared.phases.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = phases.insert(self.uid.clone(), phase.clone());
+        drop(phases);
+        if old.as_deref() != Some(phase.as_str()) {
+            self.count_phases();
+        }
+    }
+
+    pub(super) fn count_phases(&self) {
+        let mut counts = BTreeMap::new();
+        for phase in self
+            .shared
+            .phases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+        {
+            *counts.entry(phase.clone()).or_insert(0) += 1;
+        }
+        self.shared.summary.send_modify(|s| s.by_phase = counts);
+    }
+}
+
+/// A delay as a kubelet prints it: `40s`, `2m40s`.
+fn short(delay: Duration) -> String {
+    let seconds = delay.as_secs();
+    if seconds < 60 {
+        format!("{seconds}s")
+    } else {
+        format!("{}m{}s", seconds / 60, seconds % 60)
+    }
+}

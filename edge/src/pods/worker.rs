@@ -1,0 +1,504 @@
+//! One pod's task: look, plan, do, report; until the pod is gone.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use skerry_proto::object::Uid;
+use tokio::sync::watch;
+
+use super::backoff::Backoff;
+use super::events::{Events, Level};
+use super::images::Images;
+use super::plan::{self, Plan, Step, find_container, inits, regulars};
+use super::record::{End, PodRecord, State, View};
+use super::status::{self, Phase, Waiting};
+use super::{Clock, PodsConfig, ROOM, Summary, volumes};
+use crate::runtime::{ContainerId, Runtime, RuntimeError};
+use crate::store::Store;
+
+/// Try again after an error.
+const RETRY: Duration = Duration::from_secs(10);
+/// Look again although nothing happened.
+const IDLE: Duration = Duration::from_secs(60);
+/// Rounds of look and do before the task looks up.
+const MAX_ROUNDS: usize = 32;
+
+/// What every worker uses.
+pub(super) struct Shared {
+    pub(super) config: PodsConfig,
+    pub(super) store: Store,
+    pub(super) runtime: Arc<dyn Runtime>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) events: Events,
+    pub(super) images: Images,
+    /// Phase by UID.
+    pub(super) phases: Mutex<HashMap<Uid, String>>,
+    pub(super) summary: watch::Sender<Summary>,
+}
+
+/// What a worker is told; only the newest counts.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Orders {
+    /// The pod as the store has it.
+    pub(super) pod: Option<Arc<Pod>>,
+    /// The object was removed: stop, clean up, end.
+    pub(super) removed: bool,
+    /// Moves when something that the pod depends on may have changed.
+    pub(super) wakes: u64,
+}
+
+impl Orders {
+    /// The pod must stop.
+    pub(super) fn stops(&self) -> bool {
+        self.removed
+            || self
+                .pod
+                .as_ref()
+                .is_some_and(|p| p.metadata.deletion_timestamp.is_some())
+    }
+}
+
+/// Why a round failed; the task tries again.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SyncError {
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+    #[error("{path}: {error}")]
+    Io { path: PathBuf, error: std::io::Error },
+}
+
+/// One pod's task.
+pub(super) struct Worker {
+    pub(super) shared: Arc<Shared>,
+    pub(super) uid: Uid,
+    pub(super) orders: watch::Receiver<Orders>,
+    pub(super) waker: watch::Sender<Orders>,
+    pub(super) record: PodRecord,
+    pub(super) view: View,
+    pub(super) waiting: BTreeMap<String, Waiting>,
+    /// Host paths of the volumes.
+    pub(super) volumes: BTreeMap<String, PathBuf>,
+    /// The plan's earliest wish to look again.
+    pub(super) again: Duration,
+    pub(super) said_unsupported: bool,
+}
+
+impl Worker {
+    pub(super) fn new(shared: Arc<Shared>, uid: Uid, waker: watch::Sender<Orders>) -> Self {
+        let record = shared.store.state_get::<PodRecord>(ROOM, uid.as_str()).unwrap_or_else(|error| {
+            tracing::error!(%uid, %error, "a pod's record cannot be read; it starts anew from the runtime");
+            None
+        });
+        shared
+            .phases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(uid.clone(), "Pending".to_owned());
+        let mut orders = waker.subscribe();
+        orders.mark_changed();
+        Self {
+            shared,
+            uid,
+            orders,
+            waker,
+            record: record.unwrap_or_default(),
+            view: View::default(),
+            waiting: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            again: IDLE,
+            said_unsupported: false,
+        }
+    }
+
+    /// Runs until the pod is gone. Cancellation safe: what was done shows in the runtime.
+    pub(super) async fn run(mut self) {
+        loop {
+            let orders = self.orders.borrow_and_update().clone();
+            self.again = IDLE;
+            let result = if orders.removed {
+                match self.vanish(orders.pod.as_deref()).await {
+                    Ok(()) => break,
+                    Err(error) => Err(error),
+                }
+            } else if let Some(pod) = &orders.pod {
+                self.live(pod, orders.stops()).await
+            } else {
+                Ok(())
+            };
+            if let Err(error) = result {
+                tracing::warn!(uid = %self.uid, %error, "a pod's round failed; trying again");
+                self.again = self.again.min(RETRY);
+            }
+            tokio::select! {
+                changed = self.orders.changed() => {
+                    // The supervisor drops the orders only when it stops.
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                () = tokio::time::sleep(self.again) => {}
+            }
+        }
+        self.shared
+            .phases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.uid);
+        self.count_phases();
+    }
+
+    /// A pod whose object exists.
+    async fn live(&mut self, pod: &Pod, stops: bool) -> Result<(), SyncError> {
+        if stops {
+            return self.delete(pod).await;
+        }
+        let mut orders = self.orders.clone();
+        tokio::select! {
+            biased;
+            result = self.sync(pod) => result,
+            // Deletion interrupts whatever is going on.
+            _ = orders.wait_for(Orders::stops) => {
+                self.again = Duration::ZERO;
+                Ok(())
+            }
+        }
+    }
+
+    /// One complete look at a pod that should run.
+    async fn sync(&mut self, pod: &Pod) -> Result<(), SyncError> {
+        self.begin(pod)?;
+        self.look(pod).await?;
+        if self.record.end.is_some() {
+            return self.finish_end(pod).await;
+        }
+        if let Some(end) = self.ending(pod) {
+            return self.end(pod, end).await;
+        }
+        self.say_unsupported(pod).await;
+        for _ in 0..MAX_ROUNDS {
+            if !self.mount(pod).await {
+                break;
+            }
+            let now = self.shared.clock.now();
+            let plan = plan::plan(
+                pod,
+                &self.record,
+                &self.view,
+                self.shared.runtime.isolated(),
+                &[],
+                now,
+            );
+            self.note_waits(pod, &plan).await;
+            if plan.steps.is_empty() {
+                break;
+            }
+            let progress = self.execute(pod, plan).await?;
+            self.look(pod).await?;
+            self.publish(pod, false).await?;
+            if !progress {
+                break;
+            }
+            if let Some(end) = self.ending(pod) {
+                return self.end(pod, end).await;
+            }
+        }
+        self.collect_dead().await;
+        self.publish(pod, false).await
+    }
+
+    fn begin(&mut self, pod: &Pod) -> Result<(), SyncError> {
+        if self.record.start_time.is_none() {
+            self.record.start_time = Some(self.shared.clock.now());
+            self.record.namespace = pod.metadata.namespace.clone().unwrap_or_default();
+            self.record.name = pod.metadata.name.clone().unwrap_or_default();
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    /// Looks at the runtime and merges it into the record.
+    pub(super) async fn look(&mut self, pod: &Pod) -> Result<(), SyncError> {
+        let inventory = self.shared.runtime.list().await?;
+        let sandboxes = inventory
+            .sandboxes
+            .into_iter()
+            .filter(|s| s.pod_uid == self.uid)
+            .collect();
+        let containers = inventory
+            .containers
+            .into_iter()
+            .filter(|c| c.pod_uid == self.uid)
+            .collect();
+        self.view = View::new(sandboxes, containers);
+        let before = self.record.clone();
+        let dir = self.pod_dir();
+        self.record
+            .observe(&self.view, self.shared.clock.now(), |container| {
+                super::message::termination_message(&dir, container)
+            });
+        for container in inits(pod).iter().chain(regulars(pod)) {
+            let Some(known) = self.record.containers.get_mut(&container.name) else {
+                continue;
+            };
+            let running = matches!(known.last.as_ref().map(|l| &l.state), Some(State::Running(_)));
+            known.started = running;
+            known.ready = running;
+            if running {
+                self.waiting.remove(&container.name);
+            }
+        }
+        if self.record != before {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn save(&self) -> Result<(), SyncError> {
+        Ok(self
+            .shared
+            .store
+            .state_put(ROOM, self.uid.as_str(), &self.record)?)
+    }
+
+    pub(super) fn pod_dir(&self) -> PathBuf {
+        self.shared.config.root_dir.join(self.uid.as_str())
+    }
+
+    pub(super) fn pod_ips(&self) -> Vec<IpAddr> {
+        self.view
+            .ready_sandbox()
+            .map(|s| s.ips.clone())
+            .unwrap_or_default()
+    }
+
+    /// The pod has ended by its own rules.
+    fn ending(&mut self, pod: &Pod) -> Option<End> {
+        // A pod that already runs was admitted.
+        if self.view.sandboxes.is_empty()
+            && let Some(name) = super::config::forbidden_sysctl(pod)
+        {
+            let reason = "SysctlForbidden".to_owned();
+            let message = format!("forbidden sysctl: \"{name}\" not allowlisted");
+            return Some(End {
+                succeeded: false,
+                reason,
+                message,
+            });
+        }
+        let limit = pod.spec.as_ref().and_then(|s| s.active_deadline_seconds);
+        if let (Some(limit), Some(start)) =
+            (limit.and_then(|l| u64::try_from(l).ok()), self.record.start_time)
+        {
+            let active =
+                Duration::try_from(self.shared.clock.now().duration_since(start)).unwrap_or_default();
+            match Duration::from_secs(limit)
+                .checked_sub(active)
+                .filter(|left| !left.is_zero())
+            {
+                Some(left) => self.again = self.again.min(left),
+                None => {
+                    return Some(End {
+                        succeeded: false,
+                        reason: "DeadlineExceeded".to_owned(),
+                        message: "Pod was active on the node longer than the specified deadline".to_owned(),
+                    });
+                }
+            }
+        }
+        let succeeded = match status::phase(pod, &self.record) {
+            Phase::Succeeded => true,
+            Phase::Failed => false,
+            Phase::Pending | Phase::Running => return None,
+        };
+        Some(End {
+            succeeded,
+            reason: String::new(),
+            message: String::new(),
+        })
+    }
+
+    async fn end(&mut self, pod: &Pod, end: End) -> Result<(), SyncError> {
+        if end.reason == "DeadlineExceeded" {
+            self.shared
+                .events
+                .emit(pod, None, Level::Normal, &end.reason, end.message.clone())
+                .await;
+        }
+        self.record.end = Some(end);
+        self.save()?;
+        self.finish_end(pod).await
+    }
+
+    /// Stops what an ended pod still has, then reports the terminal phase.
+    async fn finish_end(&mut self, pod: &Pod) -> Result<(), SyncError> {
+        if !self.record.released {
+            self.stop_everything(Some(pod), grace(pod)).await?;
+            self.look(pod).await?;
+            self.release()?;
+            self.record.released = true;
+            self.save()?;
+        }
+        self.publish(pod, false).await
+    }
+
+    /// Makes or refreshes the volumes; answers whether containers may start.
+    async fn mount(&mut self, pod: &Pod) -> bool {
+        let ips = self.pod_ips();
+        let facts = super::env::Facts {
+            pod,
+            host_ip: self.shared.config.node_ip,
+            pod_ips: &ips,
+            objects: &self.shared.store,
+        };
+        let (paths, errors) = volumes::set_up(&facts, &self.pod_dir());
+        self.volumes.extend(paths);
+        for error in &errors {
+            // Once it is mounted, an object that went away changes nothing.
+            if !self.volumes.contains_key(&error.volume) {
+                self.shared
+                    .events
+                    .emit(pod, None, Level::Warning, "FailedMount", error.to_string())
+                    .await;
+            }
+        }
+        if !errors.is_empty() {
+            self.again = self.again.min(RETRY);
+        }
+        let mounted = |v: &k8s_openapi::api::core::v1::Volume| self.volumes.contains_key(&v.name);
+        pod.spec
+            .iter()
+            .flat_map(|s| s.volumes.iter().flatten())
+            .all(mounted)
+    }
+
+    /// Does what was planned; answers whether another round makes sense.
+    async fn execute(&mut self, pod: &Pod, plan: Plan) -> Result<bool, SyncError> {
+        let mut progress = false;
+        for step in plan.steps {
+            match step {
+                Step::Sandbox { attempt, changed } => {
+                    if changed {
+                        let message = "Pod sandbox changed, it will be killed and re-created.".to_owned();
+                        self.shared
+                            .events
+                            .emit(pod, None, Level::Normal, "SandboxChanged", message)
+                            .await;
+                    }
+                    self.stop_everything(None, grace(pod)).await?;
+                    progress |= self.run_sandbox(pod, attempt).await?;
+                }
+                Step::Kill {
+                    name,
+                    id,
+                    message,
+                    grace: own,
+                } => {
+                    self.shared
+                        .events
+                        .emit(pod, Some(&name), Level::Normal, "Killing", message)
+                        .await;
+                    let grace = own.unwrap_or_else(|| grace(pod)).max(Duration::from_secs(2));
+                    let Some(instance) = self.view.containers.iter().find(|c| c.id.0 == id) else {
+                        continue;
+                    };
+                    let (runtime, events) = (self.shared.runtime.as_ref(), &self.shared.events);
+                    super::hooks::stop(
+                        runtime,
+                        events,
+                        Some(pod),
+                        instance,
+                        grace,
+                        Duration::from_secs(2),
+                    )
+                    .await?;
+                    progress = true;
+                }
+                Step::Start {
+                    name,
+                    restart_count,
+                    discard,
+                    after,
+                } => {
+                    let Some(container) = find_container(pod, &name) else {
+                        continue;
+                    };
+                    if let Some(id) = discard {
+                        self.shared
+                            .runtime
+                            .stop_container(&ContainerId(id.clone()), Duration::ZERO)
+                            .await?;
+                        self.shared.runtime.remove_container(&ContainerId(id)).await?;
+                    }
+                    if !self.start_container(pod, container, restart_count).await? {
+                        continue;
+                    }
+                    progress = true;
+                    if restart_count > 0 {
+                        self.shared.summary.send_modify(|s| s.restarts += 1);
+                    }
+                    if let Some(ended) = after {
+                        let now = self.shared.clock.now();
+                        let known = self.record.containers.entry(name).or_default();
+                        let key = plan::backoff_key(container);
+                        known.backoff =
+                            Some(Backoff::step(known.backoff.as_ref(), &key, ended.finished, now));
+                        self.save()?;
+                    }
+                }
+            }
+        }
+        Ok(progress)
+    }
+
+    /// Keeps the newest dead instance of each container, for `logs --previous`.
+    async fn collect_dead(&mut self) {
+        let mut dead = BTreeMap::<String, usize>::new();
+        for container in self.view.containers.clone() {
+            let exited = matches!(container.state, crate::runtime::ContainerState::Exited { .. });
+            let newest = self
+                .record
+                .last(&container.name)
+                .is_some_and(|l| l.id == container.id.0);
+            if !exited {
+                continue;
+            }
+            let count = dead.entry(container.name.clone()).or_default();
+            *count += 1;
+            if *count > 1 && !newest {
+                if let Err(error) = self.shared.runtime.remove_container(&container.id).await {
+                    tracing::debug!(id = container.id.0, %error, "a dead container could not be removed");
+                }
+                let _ = std::fs::remove_file(&container.log_path);
+            }
+        }
+        let old: Vec<_> = self.view.sandboxes.iter().skip(1).cloned().collect();
+        for sandbox in old {
+            let used = self.view.containers.iter().any(|c| c.sandbox == sandbox.id);
+            if !used && let Err(error) = self.shared.runtime.remove_sandbox(&sandbox.id).await {
+                tracing::debug!(id = sandbox.id.0, %error, "an old sandbox could not be removed");
+            }
+        }
+    }
+}
+
+/// The grace that a pod's containers get.
+pub(super) fn grace(pod: &Pod) -> Duration {
+    let seconds = pod
+        .metadata
+        .deletion_grace_period_seconds
+        .or_else(|| pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds))
+        .unwrap_or(30);
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(0).max(1))
+}
+
+/// When a deletion began, by the object.
+pub(super) fn deletion_time(pod: &Pod) -> Option<jiff::Timestamp> {
+    pod.metadata.deletion_timestamp.as_ref().map(|Time(t)| *t)
+}

@@ -1,0 +1,446 @@
+//! The whole room over a scripted runtime in memory: only for paths that a real runtime cannot be brought into at
+//! will (it forgets everything, the daemon restarts between two steps). What a real one does is tested end to end.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use skerry_proto::link::{Kind, PodStatusReport, Remove, Report, Upsert, change, report};
+use skerry_proto::object::{ContentHash, pack};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::fixtures::UID;
+use super::{Pods, PodsConfig, SystemClock};
+use crate::runtime::{
+    Container, ContainerConfig, ContainerId, ContainerState, ExecOutput, ExecRequest, Image, Inventory,
+    RegistryAuth, Runtime, RuntimeError, RuntimeStatus, RuntimeVersion, Sandbox, SandboxConfig, SandboxId,
+    SandboxState, StreamEndpoint, labels,
+};
+use crate::store::Store;
+
+struct Scripted {
+    state: Mutex<Inventory>,
+    ids: AtomicU64,
+    changes: watch::Sender<u64>,
+    execs: Mutex<Vec<Vec<String>>>,
+}
+
+impl Scripted {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::default(),
+            ids: AtomicU64::new(0),
+            changes: watch::Sender::new(0),
+            execs: Mutex::default(),
+        })
+    }
+
+    fn edit<T>(&self, change: impl FnOnce(&mut Inventory) -> T) -> T {
+        let result = change(&mut self.state.lock().unwrap());
+        self.changes.send_modify(|n| *n += 1);
+        result
+    }
+
+    fn id(&self) -> String {
+        format!("id{}", self.ids.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn exit(&self, id: &ContainerId, code: i32) {
+        self.edit(|i| {
+            for c in i.containers.iter_mut().filter(|c| c.id == *id) {
+                if !matches!(c.state, ContainerState::Exited { .. }) {
+                    c.state = ContainerState::Exited {
+                        started_at: Some(Timestamp::now()),
+                        finished_at: Timestamp::now(),
+                        code,
+                        reason: String::new(),
+                        message: String::new(),
+                    };
+                }
+            }
+        });
+    }
+}
+
+#[async_trait]
+impl Runtime for Scripted {
+    fn scheme(&self) -> &'static str {
+        "scripted"
+    }
+    fn isolated(&self) -> bool {
+        true
+    }
+    async fn version(&self) -> Result<RuntimeVersion, RuntimeError> {
+        Ok(RuntimeVersion {
+            name: "scripted".into(),
+            version: "1".into(),
+        })
+    }
+    async fn status(&self) -> Result<RuntimeStatus, RuntimeError> {
+        Ok(RuntimeStatus {
+            ready: true,
+            network_ready: true,
+            message: String::new(),
+        })
+    }
+    async fn list(&self) -> Result<Inventory, RuntimeError> {
+        Ok(self.state.lock().unwrap().clone())
+    }
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+    async fn run_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId, RuntimeError> {
+        let id = SandboxId(self.id());
+        let sandbox = Sandbox {
+            id: id.clone(),
+            pod_uid: config.uid.clone(),
+            pod_name: config.name.clone(),
+            pod_namespace: config.namespace.clone(),
+            attempt: config.attempt,
+            state: SandboxState::Ready,
+            created_at: Timestamp::now(),
+            ips: vec!["10.1.0.2".parse().unwrap()],
+            host_network: config.namespaces.host_network,
+        };
+        self.edit(|i| i.sandboxes.push(sandbox));
+        Ok(id)
+    }
+    async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.edit(|i| {
+            for s in i.sandboxes.iter_mut().filter(|s| s.id == *id) {
+                s.state = SandboxState::NotReady;
+            }
+        });
+        Ok(())
+    }
+    async fn remove_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.edit(|i| i.sandboxes.retain(|s| s.id != *id));
+        Ok(())
+    }
+    async fn create_container(
+        &self,
+        sandbox: &SandboxId,
+        config: &ContainerConfig,
+        sandbox_config: &SandboxConfig,
+    ) -> Result<ContainerId, RuntimeError> {
+        let id = ContainerId(self.id());
+        let container = Container {
+            id: id.clone(),
+            sandbox: sandbox.clone(),
+            pod_uid: sandbox_config.uid.clone(),
+            name: config.name.clone(),
+            restart_count: config.annotations[labels::RESTART_COUNT].parse().unwrap(),
+            spec_hash: config.annotations[labels::CONTAINER_HASH].clone(),
+            state: ContainerState::Created,
+            created_at: Timestamp::now(),
+            image: config.image.clone(),
+            image_ref: config.image_ref.clone(),
+            log_path: sandbox_config.log_directory.join(&config.log_path),
+            annotations: config.annotations.clone(),
+        };
+        self.edit(|i| i.containers.push(container));
+        Ok(id)
+    }
+    async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        self.edit(|i| {
+            for c in i.containers.iter_mut().filter(|c| c.id == *id) {
+                c.state = ContainerState::Running {
+                    started_at: Timestamp::now(),
+                };
+            }
+        });
+        Ok(())
+    }
+    async fn stop_container(&self, id: &ContainerId, _: Duration) -> Result<(), RuntimeError> {
+        self.exit(id, 0);
+        Ok(())
+    }
+    async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        self.edit(|i| i.containers.retain(|c| c.id != *id));
+        Ok(())
+    }
+    async fn image_status(&self, image: &str) -> Result<Option<Image>, RuntimeError> {
+        let (id, none) = (image.to_owned(), String::new());
+        Ok(Some(Image {
+            id,
+            tags: vec![],
+            digests: vec![],
+            size_bytes: 1,
+            uid: None,
+            username: none,
+        }))
+    }
+    async fn pull_image(&self, image: &str, _: Option<&RegistryAuth>) -> Result<String, RuntimeError> {
+        Ok(image.to_owned())
+    }
+    async fn list_images(&self) -> Result<Vec<Image>, RuntimeError> {
+        Ok(vec![])
+    }
+    async fn exec_sync(
+        &self,
+        _: &ContainerId,
+        command: &[String],
+        _: Duration,
+    ) -> Result<ExecOutput, RuntimeError> {
+        self.execs.lock().unwrap().push(command.to_vec());
+        Ok(ExecOutput {
+            stdout: vec![],
+            stderr: vec![],
+            code: 0,
+        })
+    }
+    async fn exec(&self, _: &ContainerId, _: &ExecRequest) -> Result<StreamEndpoint, RuntimeError> {
+        Err(RuntimeError::NotFound("exec".into()))
+    }
+    async fn attach(&self, _: &ContainerId, _: &ExecRequest) -> Result<StreamEndpoint, RuntimeError> {
+        Err(RuntimeError::NotFound("attach".into()))
+    }
+    async fn port_forward(&self, _: &SandboxId, _: &[u16]) -> Result<StreamEndpoint, RuntimeError> {
+        Err(RuntimeError::NotFound("port-forward".into()))
+    }
+}
+
+struct Site {
+    dir: tempfile::TempDir,
+    store: Store,
+    runtime: Arc<Scripted>,
+}
+
+struct Running {
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Running {
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap();
+    }
+}
+
+impl Site {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        Self {
+            dir,
+            store,
+            runtime: Scripted::new(),
+        }
+    }
+
+    async fn put(&self, object: &Value) {
+        let upsert = Upsert {
+            kind: Kind::Pod.into(),
+            uid: object["metadata"]["uid"].as_str().unwrap().into(),
+            namespace: "default".into(),
+            name: object["metadata"]["name"].as_str().unwrap().into(),
+            hash: ContentHash::of(object).0.to_vec().into(),
+            json_zstd: pack(object).unwrap().into(),
+            expires_unix: 0,
+        };
+        self.store
+            .apply(vec![change::Change::Upsert(upsert)])
+            .await
+            .unwrap();
+    }
+
+    async fn remove(&self) {
+        let remove = Remove {
+            kind: Kind::Pod.into(),
+            uid: UID.into(),
+        };
+        self.store
+            .apply(vec![change::Change::Remove(remove)])
+            .await
+            .unwrap();
+    }
+
+    fn start(&self) -> Running {
+        let config = PodsConfig {
+            node_name: "harbour".into(),
+            node_ip: "10.0.0.1".parse().ok(),
+            root_dir: self.dir.path().join("pods"),
+            pod_log_dir: self.dir.path().join("logs"),
+            ..PodsConfig::default()
+        };
+        let pods = Pods::new(
+            config,
+            self.store.clone(),
+            self.runtime.clone(),
+            Arc::new(SystemClock),
+        );
+        let stop = CancellationToken::new();
+        let token = stop.clone();
+        let task = tokio::spawn(async move { pods.run(token).await.unwrap() });
+        Running { stop, task }
+    }
+
+    /// Waits until the runtime looks like that.
+    async fn until<T>(&self, mut seen: impl FnMut(&Inventory) -> Option<T>) -> T {
+        let mut changes = self.runtime.changes();
+        let wait = async {
+            loop {
+                if let Some(found) = seen(&self.runtime.state.lock().unwrap()) {
+                    return found;
+                }
+                changes.changed().await.unwrap();
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        waited.unwrap_or_else(|_| panic!("never: {:?}", self.runtime.state.lock().unwrap()))
+    }
+
+    async fn running(&self, restart_count: u32) -> Container {
+        self.until(|i| {
+            let up = |c: &&Container| {
+                matches!(c.state, ContainerState::Running { .. }) && c.restart_count == restart_count
+            };
+            i.containers.iter().find(up).cloned()
+        })
+        .await
+    }
+
+    /// Waits for a status report that fits.
+    async fn reported(&self, fits: impl Fn(&PodStatusReport, &Value) -> bool) {
+        let mut moved = self.store.outbox_moved();
+        let wait = async {
+            loop {
+                let reports = self.store.waiting_reports(0, 1000).unwrap();
+                let hit = reports.iter().any(|r: &Report| match &r.report {
+                    Some(report::Report::PodStatus(s)) => {
+                        fits(s, &serde_json::from_slice(&s.status_json).unwrap())
+                    }
+                    _ => false,
+                });
+                if hit {
+                    return;
+                }
+                moved.changed().await.unwrap();
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        assert!(
+            waited.is_ok(),
+            "never reported: {:?}",
+            self.store.waiting_reports(0, 1000).unwrap().last()
+        );
+    }
+}
+
+fn pod(policy: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "p", "namespace": "default", "uid": UID, "generation": 1},
+        "spec": {"restartPolicy": policy, "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "c", "image": "busybox:1", "imagePullPolicy": "IfNotPresent"}]}})
+}
+
+#[tokio::test]
+async fn a_pod_starts_is_adopted_by_the_next_daemon_and_restarts_from_the_store_after_a_reboot() {
+    let site = Site::new();
+    site.put(&pod("Always")).await;
+    let first = site.start();
+    let before = site.running(0).await;
+    site.reported(|_, s| s["phase"] == "Running" && s["podIP"] == "10.1.0.2")
+        .await;
+    first.stop().await;
+    let second = site.start();
+    site.reported(|_, s| s["phase"] == "Running").await;
+    assert_eq!(site.running(0).await.id, before.id);
+    second.stop().await;
+    assert_eq!(site.running(0).await.id, before.id);
+    // The reboot: the runtime has forgotten everything.
+    site.runtime.edit(|i| *i = Inventory::default());
+    let third = site.start();
+    let after = site.running(1).await;
+    assert_ne!(after.id, before.id);
+    assert_eq!(site.runtime.state.lock().unwrap().sandboxes[0].attempt, 1);
+    site.reported(|_, s| s["containerStatuses"][0]["restartCount"] == 1 && s["phase"] == "Running")
+        .await;
+    third.stop().await;
+}
+
+#[tokio::test]
+async fn a_pod_that_succeeded_never_runs_again_even_after_a_reboot() {
+    let site = Site::new();
+    site.put(&pod("Never")).await;
+    let first = site.start();
+    let c = site.running(0).await;
+    site.runtime.exit(&c.id, 0);
+    site.reported(|_, s| s["phase"] == "Succeeded").await;
+    first.stop().await;
+    site.runtime.edit(|i| *i = Inventory::default());
+    let before = site.store.state_list::<Value>("pods").unwrap();
+    let second = site.start();
+    // Another pod that has gone through its whole start is the fence: the first one has had its look.
+    let mut other = pod("Always");
+    other["metadata"]["uid"] = json!("another");
+    other["metadata"]["name"] = json!("q");
+    site.put(&other).await;
+    let c = site.running(0).await;
+    assert_eq!(c.pod_uid.as_str(), "another");
+    second.stop().await;
+    assert_eq!(site.runtime.state.lock().unwrap().containers.len(), 1);
+    assert_eq!(before[0].1["end"]["succeeded"], true);
+}
+
+#[tokio::test]
+async fn a_deletion_stops_the_pod_reports_it_finished_and_the_removal_leaves_nothing() {
+    let site = Site::new();
+    site.put(&pod("Always")).await;
+    let daemon = site.start();
+    site.running(0).await;
+    let mut deleted = pod("Always");
+    deleted["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    deleted["metadata"]["deletionGracePeriodSeconds"] = json!(1);
+    site.put(&deleted).await;
+    site.reported(|r, s| r.finished && s["phase"] == "Succeeded")
+        .await;
+    assert!(!site.dir.path().join("pods").join(UID).exists());
+    site.remove().await;
+    site.until(|i| (i.containers.is_empty() && i.sandboxes.is_empty()).then_some(()))
+        .await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn what_runs_without_a_pod_in_the_store_is_stopped_and_what_has_one_is_not() {
+    let site = Site::new();
+    site.put(&pod("Always")).await;
+    let daemon = site.start();
+    site.running(0).await;
+    daemon.stop().await;
+    site.runtime.edit(|i| {
+        let mut orphan = i.containers[0].clone();
+        orphan.pod_uid = "orphan".into();
+        orphan.id = ContainerId("orphan".into());
+        i.containers.push(orphan);
+    });
+    let daemon = site.start();
+    site.until(|i| (i.containers.len() == 1).then_some(())).await;
+    assert!(matches!(
+        site.running(0).await.state,
+        ContainerState::Running { .. }
+    ));
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_pre_stop_command_runs_once_before_the_pod_stops() {
+    let site = Site::new();
+    let mut deleted = pod("Always");
+    deleted["spec"]["containers"][0]["lifecycle"] = json!({"preStop": {"exec": {"command": ["drain"]}}});
+    site.put(&deleted).await;
+    let daemon = site.start();
+    site.running(0).await;
+    assert!(site.runtime.execs.lock().unwrap().is_empty());
+    deleted["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    site.put(&deleted).await;
+    site.reported(|r, _| r.finished).await;
+    assert_eq!(*site.runtime.execs.lock().unwrap(), [["drain"]]);
+    daemon.stop().await;
+}
