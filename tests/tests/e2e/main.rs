@@ -1,0 +1,19 @@
+//! What Skerry promises, shown on a real control plane with real runtimes and peers.
+//!
+//! `cargo test -p skerry-tests --test e2e [WORD]...` runs the scenarios whose names contain every word. The programs
+//! of the workspace must have been built (`cargo build --workspace`), the tools too: `hack/test --prepare` does both.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+mod enrolment;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let scenarios = [enrolment::scenarios()].into_iter().flatten().collect();
+    if skerry_tests::runner::run(scenarios, &words) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
