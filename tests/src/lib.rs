@@ -12,6 +12,7 @@ pub mod containerd;
 pub mod kubectl;
 pub mod modbus;
 pub mod namespace;
+pub mod pods;
 pub mod process;
 pub mod relay;
 pub mod runner;

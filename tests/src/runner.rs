@@ -29,6 +29,15 @@ impl Scenario {
         }]
     }
 
+    /// A scenario for one runtime.
+    pub fn on(runtime: Runtime, name: &str, run: fn(&Test)) -> Vec<Self> {
+        vec![Self {
+            name: format!("{name} [{runtime}]"),
+            runtime,
+            run,
+        }]
+    }
+
     /// A scenario that is shown on each runtime.
     pub fn each(name: &str, run: fn(&Test)) -> Vec<Self> {
         [Runtime::Process, Runtime::Containerd]

@@ -5,12 +5,21 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 mod enrolment;
+mod pods;
+mod streams;
+mod workloads;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let scenarios = [enrolment::scenarios()].into_iter().flatten().collect();
+    let scenarios = [
+        enrolment::scenarios(),
+        pods::scenarios(),
+        workloads::scenarios(),
+        streams::scenarios(),
+    ];
+    let scenarios = scenarios.into_iter().flatten().collect();
     if skerry_tests::runner::run(scenarios, &words) {
         ExitCode::SUCCESS
     } else {
