@@ -134,7 +134,8 @@ mod tests {
 
     #[test]
     fn a_status_or_version_change_keeps_the_hash_and_a_spec_change_moves_it() {
-        let base = json!({"metadata": {"name": "a", "resourceVersion": "1"}, "spec": {"x": 1}, "status": {"y": 1}});
+        let base =
+            json!({"metadata": {"name": "a", "resourceVersion": "1"}, "spec": {"x": 1}, "status": {"y": 1}});
         let mut status = base.clone();
         status["status"]["y"] = json!(2);
         status["metadata"]["resourceVersion"] = json!("2");

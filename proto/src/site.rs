@@ -10,7 +10,9 @@ pub struct SiteName(String);
 
 /// A string that is no site name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is not a site name: use 1 to 63 lower-case letters, digits or '-', starting and ending with a letter or digit")]
+#[error(
+    "{0:?} is not a site name: use 1 to 63 lower-case letters, digits or '-', starting and ending with a letter or digit"
+)]
 pub struct InvalidSiteName(String);
 
 impl SiteName {

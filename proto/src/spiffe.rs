@@ -27,7 +27,9 @@ pub enum SpiffeId {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum InvalidSpiffeId {
     /// The text is not one of the forms that [`SpiffeId`] lists.
-    #[error("{0:?} is not a Skerry SPIFFE ID (spiffe://<trust-domain>/site/<name> or spiffe://<trust-domain>/provider)")]
+    #[error(
+        "{0:?} is not a Skerry SPIFFE ID (spiffe://<trust-domain>/site/<name> or spiffe://<trust-domain>/provider)"
+    )]
     Form(String),
     /// The trust domain holds a character that SPIFFE does not allow, or is too long.
     #[error("{0:?} is not a trust domain: use 1 to 255 of a-z, 0-9, '.', '-', '_'")]
@@ -160,8 +162,9 @@ mod tests {
     fn the_identity_is_read_from_a_certificate() {
         let key = rcgen::KeyPair::generate().unwrap();
         let mut params = rcgen::CertificateParams::default();
-        params.subject_alt_names =
-            vec![rcgen::SanType::URI("spiffe://skerry.local/site/harbour".try_into().unwrap())];
+        params.subject_alt_names = vec![rcgen::SanType::URI(
+            "spiffe://skerry.local/site/harbour".try_into().unwrap(),
+        )];
         let certificate = params.self_signed(&key).unwrap();
         let id = SpiffeId::from_certificate_der(certificate.der()).unwrap();
         assert_eq!(id.to_string(), "spiffe://skerry.local/site/harbour");

@@ -36,7 +36,9 @@ pub struct Endpoints {
 
 /// Why the endpoints could not be served.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address} for health and metrics: {source}; choose another address with --metrics-listen")]
+#[error(
+    "cannot listen on {address} for health and metrics: {source}; choose another address with --metrics-listen"
+)]
 pub struct ListenError {
     address: SocketAddr,
     source: std::io::Error,
@@ -48,8 +50,12 @@ pub async fn serve(
     endpoints: Endpoints,
     stop: CancellationToken,
 ) -> Result<(SocketAddr, tokio::task::JoinHandle<()>), ListenError> {
-    let listener = TcpListener::bind(address).await.map_err(|source| ListenError { address, source })?;
-    let bound = listener.local_addr().map_err(|source| ListenError { address, source })?;
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|source| ListenError { address, source })?;
+    let bound = listener
+        .local_addr()
+        .map_err(|source| ListenError { address, source })?;
     let task = tokio::spawn(async move {
         loop {
             let accepted = tokio::select! {
@@ -81,7 +87,10 @@ pub async fn serve(
     Ok((bound, task))
 }
 
-async fn answer(endpoints: Endpoints, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(
+    endpoints: Endpoints,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     if request.method() != Method::GET {
         return Ok(text(StatusCode::METHOD_NOT_ALLOWED, "use GET\n"));
     }
@@ -105,19 +114,25 @@ fn metrics(endpoints: &Endpoints) -> Response<Full<Bytes>> {
             let mut response = text(StatusCode::OK, &body);
             response.headers_mut().insert(
                 header::CONTENT_TYPE,
-                header::HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8"),
+                header::HeaderValue::from_static(
+                    "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                ),
             );
             response
         }
-        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("cannot encode metrics: {error}\n")),
+        Err(error) => text(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            &format!("cannot encode metrics: {error}\n"),
+        ),
     }
 }
 
 fn text(status: StatusCode, body: &str) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body.to_owned())));
     *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
     response
 }
