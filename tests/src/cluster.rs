@@ -36,10 +36,22 @@ impl Cluster {
         remove_leftovers(&dir);
         std::fs::create_dir_all(dir.join("sites")).expect("the state directory can be made");
 
-        hack("control-plane/up", &[path(&dir.join("control-plane"))]);
+        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let (link, metrics) = (local(free_port()), local(free_port()));
         let kubectl = Kubectl::new(dir.join("control-plane/admin.kubeconfig"));
-        kubectl.run(&["apply", "-k", path(&repository().join("manifests"))]);
-        kubectl.run(&[
+        // Made first: whatever fails from here on, dropping it cleans up.
+        let mut cluster = Self {
+            dir,
+            kubectl,
+            provider: None,
+            link,
+            metrics,
+        };
+        hack("control-plane/up", &[path(&cluster.dir.join("control-plane"))]);
+        cluster
+            .kubectl
+            .run(&["apply", "-k", path(&repository().join("manifests"))]);
+        cluster.kubectl.run(&[
             "wait",
             "--for",
             "condition=Established",
@@ -48,16 +60,6 @@ impl Cluster {
             "crd",
             "--all",
         ]);
-
-        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        let (link, metrics) = (local(free_port()), local(free_port()));
-        let mut cluster = Self {
-            dir,
-            kubectl,
-            provider: None,
-            link,
-            metrics,
-        };
         cluster.write_provider_kubeconfig();
         cluster.start_provider();
         cluster

@@ -59,6 +59,14 @@ struct World {
 }
 
 impl World {
+    fn new(cluster: Cluster) -> Self {
+        Self {
+            process: OnceLock::new(),
+            containerd: OnceLock::new(),
+            cluster,
+        }
+    }
+
     fn shared_site(&self, runtime: Runtime) -> Result<&Site, String> {
         let cell = match runtime {
             Runtime::Process => &self.process,
@@ -126,27 +134,21 @@ pub fn run(scenarios: Vec<Scenario>, words: &[String]) -> bool {
     let total = queue.len();
     let failures = Mutex::new(Vec::new());
     if total > 0 {
-        let world = World {
-            process: OnceLock::new(),
-            containerd: OnceLock::new(),
-            cluster: Cluster::start(),
-        };
-        let queue = Mutex::new(queue.into_iter().enumerate().collect::<VecDeque<_>>());
-        let threads = std::env::var("SKERRY_E2E_THREADS")
-            .ok()
-            .and_then(|n| n.parse().ok())
-            .unwrap_or(3);
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    while let Some((number, scenario)) = next(&queue) {
-                        if let Err(message) = run_one(&world, number, &scenario) {
-                            failures.lock().unwrap().push((scenario.name, message));
-                        }
-                    }
-                });
+        match catch_unwind(Cluster::start) {
+            Ok(cluster) => run_all(World::new(cluster), queue, &failures),
+            Err(_) => {
+                let message = PANIC.take();
+                failures.lock().unwrap().extend(
+                    queue
+                        .into_iter()
+                        .map(|s| (s.name, "the cluster did not start".into())),
+                );
+                failures
+                    .lock()
+                    .unwrap()
+                    .push(("starting the cluster".into(), message));
             }
-        });
+        }
     }
 
     let failures = failures.into_inner().unwrap();
@@ -156,12 +158,32 @@ pub fn run(scenarios: Vec<Scenario>, words: &[String]) -> bool {
     println!(
         "\ntest result: {}. {} passed; {} failed; {} ignored; finished in {:.0}s\n",
         if failures.is_empty() { "ok" } else { "FAILED" },
-        total - failures.len(),
+        total.saturating_sub(failures.len()),
         failures.len(),
         ignored.len(),
         begin.elapsed().as_secs_f32()
     );
     failures.is_empty()
+}
+
+/// Takes the scenarios from the queue with a few threads; at the end of it the world is gone.
+fn run_all(world: World, queue: Vec<Scenario>, failures: &Mutex<Vec<(String, String)>>) {
+    let threads = std::env::var("SKERRY_E2E_THREADS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(3);
+    let queue = Mutex::new(queue.into_iter().enumerate().collect::<VecDeque<_>>());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((number, scenario)) = next(&queue) {
+                    if let Err(message) = run_one(&world, number, &scenario) {
+                        failures.lock().unwrap().push((scenario.name, message));
+                    }
+                }
+            });
+        }
+    });
 }
 
 fn next<T>(queue: &Mutex<VecDeque<T>>) -> Option<T> {
