@@ -8,33 +8,30 @@ BIN=${SKERRY_BIN:-$ROOT/bin}
 say() { printf '%s %s\n' "$(date +%T)" "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# alive PIDFILE: the recorded process runs and is the one that was started (its command line is unchanged).
+# born PID: when that process began, in clock ticks since boot; nothing when it has ended. With the pid it names one
+# process for good.
+born() { awk '{ sub(/.*\) /, "") } $1 != "Z" { print $20 }' "/proc/$1/stat" 2>/dev/null; }
+
+# alive PIDFILE: the recorded process runs and is the one that was started.
 alive() {
-  local pid line
-  [[ -r $1 ]] && { read -r pid && IFS= read -r line; } <"$1" || return 1
-  [[ $(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null) == "$line" ]]
+  local pid time
+  [[ -r $1 ]] && read -r pid time <"$1" && [[ -n $time && $(born "$pid") == "$time" ]]
 }
 
 # start DIR NAME COMMAND...: runs COMMAND in the background as a session of its own, unless it runs already.
 # Writes DIR/NAME.pid and appends to DIR/NAME.log.
 start() {
-  local dir=$1 name=$2 pid; shift 2
+  local dir=$1 name=$2; shift 2
   if alive "$dir/$name.pid"; then return; fi
   setsid "$@" </dev/null >>"$dir/$name.log" 2>&1 &
-  pid=$!
-  # setsid replaces itself by COMMAND: record the command line that it has then.
-  for _ in {1..100}; do
-    [[ $(readlink "/proc/$pid/exe" 2>/dev/null) == */setsid ]] || break
-    sleep 0.01
-  done
-  printf '%s\n%s\n' "$pid" "$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" || true)" >"$dir/$name.pid"
+  echo "$! $(born $!)" >"$dir/$name.pid"
 }
 
 # stop DIR NAME [SECONDS]: TERM, then KILL after SECONDS (10).
 stop() {
   local file=$1/$2.pid pid deadline=$((SECONDS + ${3:-10}))
   if alive "$file"; then
-    read -r pid <"$file"
+    read -r pid _ <"$file"
     kill "$pid" 2>/dev/null || true
     while alive "$file" && ((SECONDS < deadline)); do sleep 0.05; done
     if alive "$file"; then kill -9 "$pid" 2>/dev/null || true; fi
