@@ -3,6 +3,7 @@
 //! * [`link`]: the gRPC messages and services, generated from `proto/skerry/link/v1/link.proto`, which is the
 //!   document to read about the protocol;
 //! * [`SiteName`], [`SpiffeId`], [`TrustDomain`]: the names that both sides check;
+//! * [`token`]: the join token;
 //! * [`object`]: how an API object is hashed and packed for the link;
 //! * [`device`]: the Device API as both sides read it;
 //! * [`limits`]: sizes that both sides enforce.
@@ -12,6 +13,7 @@ pub mod limits;
 pub mod object;
 mod site;
 mod spiffe;
+pub mod token;
 
 pub use site::{InvalidSiteName, SiteName};
 pub use spiffe::{InvalidSpiffeId, SpiffeId, TrustDomain};

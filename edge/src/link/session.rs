@@ -1,0 +1,391 @@
+//! One session: greeting, heartbeats, changes down, reports up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use jiff::Timestamp;
+use skerry_proto::limits::{CHANGE_WINDOW, INVENTORY_PART, MAX_MESSAGE_BYTES, REPORT_WINDOW};
+use skerry_proto::link::link_client::LinkClient;
+use skerry_proto::link::report_result::Outcome;
+use skerry_proto::link::{
+    Applied, BulkHello, CloudBulk, CloudControl, EdgeBulk, EdgeControl, Heartbeat, Hello, Inventory,
+    PROTOCOL_MAX, PROTOCOL_MIN, ReportResult, Welcome, change, cloud_bulk, cloud_control, edge_bulk,
+    edge_control,
+};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+use super::tunnel::serve;
+use super::{Link, SessionError};
+use crate::store::StoreError;
+
+/// How long the provider may take for its first answer.
+const GREETING_LIMIT: Duration = Duration::from_secs(15);
+/// Pause before a failed commit is tried again; a full disk does not empty itself quickly.
+const COMMIT_RETRY: Duration = Duration::from_secs(5);
+const CONTROL_QUEUE: usize = 64;
+const BULK_QUEUE: usize = 64;
+
+/// Tries one session; returns why it could not be had or ended.
+pub(super) async fn run(link: &Arc<Link>) -> SessionError {
+    match attempt(link).await {
+        Ok(never) => match never {},
+        Err(error) => error,
+    }
+}
+
+enum Never {}
+
+async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
+    let (to_control, mut control, welcome) = greet(link).await?;
+    let (to_bulk, bulk, client) = open_bulk(link, &welcome).await?;
+    link.note_online();
+    tracing::info!(session = %welcome.session, provider = %welcome.version, "the link is up");
+
+    let window = Arc::new(Semaphore::new(REPORT_WINDOW));
+    let mut parts = JoinSet::new();
+    parts.spawn(receive(
+        Arc::clone(link),
+        bulk,
+        to_bulk.clone(),
+        Arc::clone(&window),
+    ));
+    parts.spawn(report(Arc::clone(link), to_bulk, window));
+    let mut tunnels = JoinSet::new();
+    let mut beats = Beats::new(&welcome);
+    loop {
+        tokio::select! {
+            Some(ended) = parts.join_next() => match ended {
+                Ok(error) => return Err(error),
+                Err(_) => return Err(SessionError::Protocol("a part of the session failed")),
+            },
+            message = control.message() => {
+                beats.heard();
+                let message = message?.ok_or(SessionError::Protocol("the control stream ended"))?;
+                match message.message {
+                    Some(cloud_control::Message::HeartbeatAck(ack)) => {
+                        if let Some(took) = beats.acknowledged(ack.seq) {
+                            link.metrics.observe_request("heartbeat", took);
+                        }
+                    }
+                    Some(cloud_control::Message::OpenTunnel(order)) => {
+                        let (streams, session) = (Arc::clone(&link.streams), welcome.session.clone());
+                        tunnels.spawn(serve(client.clone(), streams, session, order, to_control.clone()));
+                    }
+                    Some(cloud_control::Message::Goodbye(bye)) => return Err(SessionError::Goodbye {
+                        reason: bye.reason,
+                        retry_after: Duration::from_millis(bye.retry_after_millis.into()),
+                    }),
+                    // Something newer than this build.
+                    Some(cloud_control::Message::Welcome(_)) | None => {}
+                }
+            }
+            () = tokio::time::sleep_until(beats.next) => {
+                let seq = beats.beat()?;
+                let beat = Heartbeat { seq, outbox: link.store.outbox_len().unwrap_or(0) };
+                let message = EdgeControl { message: Some(edge_control::Message::Heartbeat(beat)) };
+                if to_control.try_send(message).is_err() {
+                    return Err(SessionError::Protocol("the provider does not read its control stream"));
+                }
+            }
+            Some(_) = tunnels.join_next() => {}
+        }
+    }
+}
+
+type Control = (mpsc::Sender<EdgeControl>, Streaming<CloudControl>, Welcome);
+
+async fn greet(link: &Link) -> Result<Control, SessionError> {
+    let channel = link.dial.dial().await.map_err(SessionError::Dial)?;
+    let (sender, queue) = mpsc::channel(CONTROL_QUEUE);
+    let hello = Hello {
+        site: link.greeting.site.to_string(),
+        protocol_max: PROTOCOL_MAX,
+        protocol_min: PROTOCOL_MIN,
+        version: link.greeting.version.clone(),
+        boot_id: link.greeting.boot_id.clone(),
+        store_id: link.store.id().to_owned(),
+        now_unix_nanos: i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX),
+        features: vec![],
+    };
+    // The queue is new and has room.
+    let _ = sender.try_send(EdgeControl {
+        message: Some(edge_control::Message::Hello(hello)),
+    });
+    let answer = async {
+        let mut stream = client(channel)
+            .control(ReceiverStream::new(queue))
+            .await?
+            .into_inner();
+        let first = stream.message().await?;
+        match first.and_then(|m| m.message) {
+            Some(cloud_control::Message::Welcome(welcome)) => Ok((stream, welcome)),
+            Some(cloud_control::Message::Goodbye(bye)) => Err(SessionError::Goodbye {
+                reason: bye.reason,
+                retry_after: Duration::from_millis(bye.retry_after_millis.into()),
+            }),
+            _ => Err(SessionError::Protocol("its first message was no Welcome")),
+        }
+    };
+    let (stream, welcome) = tokio::time::timeout(GREETING_LIMIT, answer)
+        .await
+        .map_err(|_| SessionError::Silent(GREETING_LIMIT))??;
+    Ok((sender, stream, welcome))
+}
+
+type BulkParts = (mpsc::Sender<EdgeBulk>, Streaming<CloudBulk>, LinkClient<Channel>);
+
+/// Opens the second connection and sends the inventory.
+async fn open_bulk(link: &Link, welcome: &Welcome) -> Result<BulkParts, SessionError> {
+    let channel = link.dial.dial().await.map_err(SessionError::Dial)?;
+    let client = client(channel);
+    let (sender, queue) = mpsc::channel(BULK_QUEUE);
+    let store = link.store.clone();
+    let inventory = tokio::task::spawn_blocking(move || store.inventory()).await;
+    let inventory = inventory.map_err(|_| SessionError::Protocol("the inventory was not read"))??;
+    let hello = edge_bulk::Message::Hello(BulkHello {
+        session: welcome.session.clone(),
+    });
+    let _ = sender.try_send(EdgeBulk { message: Some(hello) });
+    let feed = sender.clone();
+    // Runs beside the call: the queue is shorter than a large inventory.
+    let parts = async move {
+        let mut chunks = inventory.chunks(INVENTORY_PART).peekable();
+        loop {
+            let entries = chunks.next().unwrap_or_default().to_vec();
+            let last = chunks.peek().is_none();
+            let part = edge_bulk::Message::Inventory(Inventory { entries, last });
+            // A closed queue shows as the call's error.
+            if feed.send(EdgeBulk { message: Some(part) }).await.is_err() || last {
+                return;
+            }
+        }
+    };
+    let mut caller = client.clone();
+    let call = async { caller.bulk(ReceiverStream::new(queue)).await };
+    let both = async { tokio::join!(call, parts).0 };
+    let stream = tokio::time::timeout(GREETING_LIMIT, both)
+        .await
+        .map_err(|_| SessionError::Silent(GREETING_LIMIT))??
+        .into_inner();
+    Ok((sender, stream, client))
+}
+
+fn client(channel: Channel) -> LinkClient<Channel> {
+    LinkClient::new(channel)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES)
+}
+
+/// Takes changes into the store, batched as they come, and settles reports. Returns why it ended.
+async fn receive(
+    link: Arc<Link>,
+    bulk: Streaming<CloudBulk>,
+    to_bulk: mpsc::Sender<EdgeBulk>,
+    window: Arc<Semaphore>,
+) -> SessionError {
+    let batch = usize::try_from(CHANGE_WINDOW).unwrap_or(1);
+    let mut batches = bulk.ready_chunks(batch);
+    while let Some(messages) = batches.next().await {
+        let mut taken = Taken::default();
+        for message in messages {
+            match message {
+                Ok(message) => taken.add(message),
+                Err(status) => return status.into(),
+            }
+        }
+        if let Some(seq) = taken.last_change {
+            commit(&link, taken.changes).await;
+            let applied = edge_bulk::Message::Applied(Applied { seq });
+            if to_bulk
+                .send(EdgeBulk {
+                    message: Some(applied),
+                })
+                .await
+                .is_err()
+            {
+                break;
+            }
+        }
+        if taken.synced {
+            link.note_synced();
+        }
+        if !taken.results.is_empty() {
+            settle(&link, &taken.results, &window).await;
+        }
+    }
+    SessionError::Protocol("the bulk stream ended")
+}
+
+#[derive(Default)]
+struct Taken {
+    changes: Vec<change::Change>,
+    last_change: Option<u64>,
+    synced: bool,
+    results: Vec<ReportResult>,
+}
+
+impl Taken {
+    fn add(&mut self, message: CloudBulk) {
+        match message.message {
+            Some(cloud_bulk::Message::Change(change)) => {
+                self.last_change = Some(change.seq);
+                self.changes.extend(change.change);
+            }
+            Some(cloud_bulk::Message::Synced(_)) => self.synced = true,
+            Some(cloud_bulk::Message::ReportResult(result)) => self.results.push(result),
+            None => {}
+        }
+    }
+}
+
+/// Commits, again and again while the store refuses: without the commit there is no acknowledgement.
+async fn commit(link: &Link, changes: Vec<change::Change>) {
+    while let Err(error) = link.store.apply(changes.clone()).await {
+        complain(&error);
+        tokio::time::sleep(COMMIT_RETRY).await;
+    }
+}
+
+fn complain(error: &StoreError) {
+    tracing::error!(%error, "changes from the provider cannot be stored; running pods are not touched. Is the disk full?");
+}
+
+async fn settle(link: &Link, results: &[ReportResult], window: &Semaphore) {
+    for result in results.iter().filter(|r| r.outcome() == Outcome::Dropped) {
+        tracing::warn!(seq = result.seq, reason = %result.message, "the provider will never take a report; it is dropped");
+        link.metrics.count_dropped_report();
+    }
+    let seqs: Vec<u64> = results.iter().map(|r| r.seq).collect();
+    while let Err(error) = link.store.settle_reports(seqs.clone()).await {
+        complain(&error);
+        tokio::time::sleep(COMMIT_RETRY).await;
+    }
+    window.add_permits(results.len());
+}
+
+/// Sends what waits in the outbox, oldest first, at most [`REPORT_WINDOW`] ahead of the results.
+async fn report(link: Arc<Link>, to_bulk: mpsc::Sender<EdgeBulk>, window: Arc<Semaphore>) -> SessionError {
+    let mut moved = link.store.outbox_moved();
+    let mut after = 0;
+    loop {
+        moved.mark_unchanged();
+        let waiting = match link.store.waiting_reports(after, REPORT_WINDOW) {
+            Ok(waiting) => waiting,
+            Err(error) => return error.into(),
+        };
+        if waiting.is_empty() && moved.changed().await.is_err() {
+            return SessionError::Protocol("the store was closed");
+        }
+        for report in waiting {
+            let Ok(permit) = window.acquire().await else {
+                return SessionError::Protocol("the session ended");
+            };
+            // Comes back with the report's result.
+            permit.forget();
+            after = report.seq;
+            if to_bulk
+                .send(EdgeBulk {
+                    message: Some(edge_bulk::Message::Report(report)),
+                })
+                .await
+                .is_err()
+            {
+                return SessionError::Protocol("the bulk stream ended");
+            }
+        }
+    }
+}
+
+/// Heartbeats, and the watch over the provider's answers.
+struct Beats {
+    period: Duration,
+    deadline: Duration,
+    next: Instant,
+    last_heard: Instant,
+    sent: Option<(u64, Instant)>,
+    seq: u64,
+}
+
+impl Beats {
+    fn new(welcome: &Welcome) -> Self {
+        let now = Instant::now();
+        // A provider that asks for a heartbeat every 0 ms is mistaken.
+        let period = Duration::from_millis(welcome.heartbeat_millis.into()).max(Duration::from_millis(100));
+        let deadline = Duration::from_millis(welcome.deadline_millis.into()).max(period * 2);
+        Self {
+            period,
+            deadline,
+            next: now + period,
+            last_heard: now,
+            sent: None,
+            seq: 0,
+        }
+    }
+
+    fn heard(&mut self) {
+        self.last_heard = Instant::now();
+    }
+
+    /// A heartbeat is due: its number, or the finding that the provider is silent.
+    fn beat(&mut self) -> Result<u64, SessionError> {
+        let now = Instant::now();
+        if now.duration_since(self.last_heard) >= self.deadline {
+            return Err(SessionError::Silent(self.deadline));
+        }
+        self.seq += 1;
+        self.next = now + self.period;
+        self.sent = Some((self.seq, now));
+        Ok(self.seq)
+    }
+
+    /// The round trip of the newest heartbeat, if this acknowledges it.
+    fn acknowledged(&mut self, seq: u64) -> Option<Duration> {
+        self.sent
+            .take_if(|(sent, _)| *sent == seq)
+            .map(|(_, at)| at.elapsed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn welcome() -> Welcome {
+        Welcome {
+            heartbeat_millis: 1_000,
+            deadline_millis: 3_000,
+            ..Default::default()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_provider_that_falls_silent_is_given_up_after_the_deadline() {
+        let mut beats = Beats::new(&welcome());
+        for expected in 1..=2 {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            assert_eq!(beats.beat().unwrap(), expected);
+        }
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(matches!(beats.beat(), Err(SessionError::Silent(_))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn any_message_counts_as_a_sign_of_life_and_an_ack_gives_the_round_trip() {
+        let mut beats = Beats::new(&welcome());
+        for _ in 0..10 {
+            tokio::time::advance(Duration::from_secs(2)).await;
+            let seq = beats.beat().unwrap();
+            tokio::time::advance(Duration::from_millis(40)).await;
+            beats.heard();
+            assert_eq!(beats.acknowledged(seq - 1), None);
+            assert_eq!(beats.acknowledged(seq), Some(Duration::from_millis(40)));
+            assert_eq!(beats.acknowledged(seq), None);
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! The edge daemon's metrics.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use skerry_proto::SiteName;
+
+/// Upper bounds in seconds; 0.2 is the target of the link's P99.
+const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// Labels of a request over the link.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RequestLabels {
+    request: String,
+}
+
+/// Labels of what exists once a site.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct SiteLabels {
+    node: String,
+}
+
+/// Everything that the daemon counts.
+pub struct Metrics {
+    /// What `/metrics` shows.
+    pub registry: Arc<Mutex<Registry>>,
+    site: SiteLabels,
+    node_status: Family<SiteLabels, Gauge>,
+    requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
+    certificate: Gauge<f64, std::sync::atomic::AtomicU64>,
+    dropped: Counter,
+    outbox: Gauge,
+    pods: Gauge,
+    store_bytes: Gauge,
+}
+
+impl Metrics {
+    /// Registers every metric of this site.
+    pub fn new(site: &SiteName) -> Self {
+        let mut registry = Registry::default();
+        let node_status = Family::<SiteLabels, Gauge>::default();
+        registry.register(
+            "kubeedge_edge_node_status",
+            "1 while the link to the provider is up, 0 while it is not",
+            node_status.clone(),
+        );
+        let requests: Family<RequestLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(BUCKETS));
+        registry.register(
+            "kubeedge_api_request_duration_seconds",
+            "Round trips over the link, from the edge's point of view",
+            requests.clone(),
+        );
+        let certificate = Gauge::<f64, std::sync::atomic::AtomicU64>::default();
+        registry.register(
+            "kubeedge_certificate_expiry_days",
+            "Days until the site's certificate expires, negative when it has",
+            certificate.clone(),
+        );
+        let dropped = Counter::default();
+        registry.register(
+            "skerry_reports_dropped",
+            "Reports that the provider will never take",
+            dropped.clone(),
+        );
+        let (outbox, pods, store_bytes) = (Gauge::default(), Gauge::default(), Gauge::default());
+        registry.register(
+            "skerry_outbox_reports",
+            "Reports that wait for the provider",
+            outbox.clone(),
+        );
+        registry.register("skerry_pods", "Pods in the store", pods.clone());
+        registry.register(
+            "skerry_store_bytes",
+            "Size of the store's file",
+            store_bytes.clone(),
+        );
+        let site = SiteLabels {
+            node: site.to_string(),
+        };
+        node_status.get_or_create(&site).set(0);
+        Self {
+            registry: Arc::new(Mutex::new(registry)),
+            site,
+            node_status,
+            requests,
+            certificate,
+            dropped,
+            outbox,
+            pods,
+            store_bytes,
+        }
+    }
+
+    /// Notes whether the link is up.
+    pub fn set_link(&self, up: bool) {
+        self.node_status.get_or_create(&self.site).set(i64::from(up));
+    }
+
+    /// Notes a round trip.
+    pub fn observe_request(&self, request: &str, took: Duration) {
+        self.requests
+            .get_or_create(&RequestLabels {
+                request: request.to_owned(),
+            })
+            .observe(took.as_secs_f64());
+    }
+
+    /// Notes when the certificate expires.
+    pub fn set_certificate(&self, seconds_left: i64) {
+        #[allow(clippy::cast_precision_loss)]
+        self.certificate.set(seconds_left as f64 / 86_400.0);
+    }
+
+    /// Counts a report that the provider will never take.
+    pub fn count_dropped_report(&self) {
+        self.dropped.inc();
+    }
+
+    /// Notes what the store holds.
+    pub fn set_store(&self, outbox: u64, pods: usize, bytes: u64) {
+        self.outbox.set(i64::try_from(outbox).unwrap_or(i64::MAX));
+        self.pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
+        self.store_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+}

@@ -1,0 +1,203 @@
+//! The site's hardware as a Node's status.
+//!
+//! In: `/proc`, `/sys`, the file system, the runtime. Out: `NodeStatusReport`s through the outbox: at start, when
+//! something changes, every five minutes, and once after each reconnection.
+
+mod measure;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use skerry_proto::SiteName;
+use skerry_proto::link::{NodeStatusReport, report};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::link::LinkStatus;
+use crate::runtime::{Runtime, RuntimeError};
+use crate::store::{NewReport, Store};
+use measure::{Machine, Pressure};
+
+/// How often the machine is looked at.
+const LOOK: Duration = Duration::from_secs(10);
+/// An unchanged status is reported again after this long.
+const REPEAT: Duration = Duration::from_secs(300);
+/// Most images named in the status, the largest first, and names per image; as a kubelet does.
+const IMAGES: usize = 50;
+const NAMES: usize = 5;
+
+/// Settings of the node room.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The site.
+    pub site: SiteName,
+    /// File system whose size is the node's ephemeral storage.
+    pub data_dir: PathBuf,
+    /// Most pods.
+    pub max_pods: u32,
+    /// `nodeInfo.machineID` where the machine has none.
+    pub fallback_machine_id: String,
+}
+
+/// Reports the node's status until `stop`.
+pub async fn run(
+    config: NodeConfig,
+    store: Store,
+    runtime: Arc<dyn Runtime>,
+    mut link: watch::Receiver<LinkStatus>,
+    stop: CancellationToken,
+) {
+    let mut look = tokio::time::interval(LOOK);
+    let mut last: Option<(Value, Instant)> = None;
+    let mut synced = false;
+    loop {
+        let mut force = false;
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = look.tick() => {}
+            changed = link.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let now_synced = link.borrow_and_update().synced;
+                force = now_synced && !synced;
+                synced = now_synced;
+                if !force {
+                    continue;
+                }
+            }
+        }
+        let status = status(&config, runtime.as_ref()).await;
+        let due = last
+            .as_ref()
+            .is_none_or(|(old, at)| *old != status || at.elapsed() >= REPEAT);
+        if !due && !force {
+            continue;
+        }
+        match store.report(new_report(&config, &status)).await {
+            Ok(_) => last = Some((status, Instant::now())),
+            Err(error) => tracing::error!(%error, "the node's status cannot be stored; it is tried again"),
+        }
+    }
+}
+
+fn new_report(config: &NodeConfig, status: &Value) -> NewReport {
+    let labels = HashMap::from([
+        ("kubernetes.io/hostname".to_owned(), config.site.to_string()),
+        ("kubernetes.io/os".to_owned(), "linux".to_owned()),
+        (
+            "kubernetes.io/arch".to_owned(),
+            measure::architecture().to_owned(),
+        ),
+    ]);
+    NewReport {
+        coalesce: Some("node".to_owned()),
+        observed: Timestamp::now(),
+        body: report::Report::NodeStatus(NodeStatusReport {
+            status_json: status.to_string().into(),
+            labels,
+        }),
+    }
+}
+
+async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
+    let machine = Machine::measure(&config.data_dir);
+    let runtime_ready = runtime_condition(runtime.status().await);
+    let version = runtime
+        .version()
+        .await
+        .map(|v| format!("{}://{}", v.name, v.version))
+        .unwrap_or_default();
+    let images = runtime.list_images().await.unwrap_or_default();
+    json!({
+        "capacity": machine.capacity(config.max_pods),
+        "allocatable": machine.allocatable(config.max_pods),
+        "conditions": conditions(&machine.pressure(), &runtime_ready),
+        "nodeInfo": machine.info(&version, &config.fallback_machine_id),
+        "images": images_of(images),
+    })
+}
+
+fn images_of(mut images: Vec<crate::runtime::Image>) -> Vec<Value> {
+    images.sort_by(|a, b| b.size_bytes.cmp(&a.size_bytes).then_with(|| a.id.cmp(&b.id)));
+    images
+        .iter()
+        .take(IMAGES)
+        .map(|image| {
+            let names: Vec<&String> = image.digests.iter().chain(&image.tags).take(NAMES).collect();
+            json!({"names": names, "sizeBytes": image.size_bytes})
+        })
+        .collect()
+}
+
+/// Whether the runtime can take pods, else why not.
+fn runtime_condition(status: Result<crate::runtime::RuntimeStatus, RuntimeError>) -> Result<(), String> {
+    match status {
+        Ok(status) if status.ready && status.network_ready => Ok(()),
+        Ok(status) => Err(status.message),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn conditions(pressure: &Pressure, runtime: &Result<(), String>) -> Value {
+    let pressured = |kind: &str, on: bool, yes: (&str, &str), no: (&str, &str)| {
+        let (reason, message) = if on { yes } else { no };
+        json!({"type": kind, "status": if on { "True" } else { "False" }, "reason": reason, "message": message})
+    };
+    let ready = match runtime {
+        Ok(()) => json!({"type": "Ready", "status": "True", "reason": "KubeletReady",
+            "message": "kubelet is posting ready status"}),
+        Err(why) => json!({"type": "Ready", "status": "False", "reason": "KubeletNotReady",
+            "message": format!("container runtime is not ready: {why}")}),
+    };
+    json!([
+        pressured(
+            "MemoryPressure",
+            pressure.memory,
+            (
+                "KubeletHasInsufficientMemory",
+                "kubelet has insufficient memory available"
+            ),
+            (
+                "KubeletHasSufficientMemory",
+                "kubelet has sufficient memory available"
+            ),
+        ),
+        pressured(
+            "DiskPressure",
+            pressure.disk,
+            ("KubeletHasDiskPressure", "kubelet has disk pressure"),
+            ("KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+        ),
+        pressured(
+            "PIDPressure",
+            pressure.pids,
+            (
+                "KubeletHasInsufficientPID",
+                "kubelet has insufficient PID available"
+            ),
+            ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+        ),
+        ready,
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_stands_last_and_tells_why_the_runtime_is_not() {
+        let all = conditions(&Pressure::default(), &Err("no socket".to_owned()));
+        let last = all.as_array().unwrap().last().unwrap();
+        assert_eq!(last["type"], "Ready");
+        assert_eq!(last["status"], "False");
+        assert_eq!(last["message"], "container runtime is not ready: no socket");
+        assert_eq!(all[0]["status"], "False");
+    }
+}

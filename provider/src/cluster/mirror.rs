@@ -1,0 +1,409 @@
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::Value;
+use skerry_proto::SiteName;
+use skerry_proto::link::Kind;
+use skerry_proto::object::{ObjectKey, Uid};
+use tokio::sync::watch;
+
+use super::Object;
+use crate::refs::tokens::{TokenOwner, token_uid};
+use crate::refs::{PodRefs, TokenNeed};
+
+/// The kinds that are watched, each by its own informer.
+pub(super) const KINDS: [Kind; 7] = [
+    Kind::Pod,
+    Kind::ConfigMap,
+    Kind::Secret,
+    Kind::Service,
+    Kind::Node,
+    Kind::Site,
+    Kind::Device,
+];
+
+/// Everything that one site should hold now.
+#[derive(Default)]
+pub struct Desired {
+    /// Objects by key.
+    pub objects: BTreeMap<ObjectKey, Arc<Object>>,
+    /// Tokens by the key under which they travel.
+    pub tokens: BTreeMap<ObjectKey, DesiredToken>,
+}
+
+/// A token that a pod of the site projects.
+pub struct DesiredToken {
+    /// The pod that it is bound to.
+    pub owner: TokenOwner,
+    /// What the volume asks for.
+    pub need: TokenNeed,
+    /// The pod is under deletion: the API server issues no more tokens for it, but the one it has stays.
+    pub leaving: bool,
+}
+
+/// What the kubelet endpoint and the node room need to know of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodSummary {
+    /// Site that the pod is bound to.
+    pub site: SiteName,
+    /// Its UID.
+    pub uid: Uid,
+}
+
+/// See the module's documentation.
+pub struct Mirror {
+    state: RwLock<State>,
+    sites: Mutex<HashMap<SiteName, watch::Sender<u64>>>,
+    unsynced: watch::Sender<usize>,
+}
+
+#[derive(Default)]
+struct State {
+    tables: HashMap<Kind, Table>,
+    /// What each bound pod refers to.
+    pods: HashMap<Uid, BoundPod>,
+    pods_by_site: HashMap<SiteName, BTreeSet<Uid>>,
+    synced: HashSet<Kind>,
+}
+
+#[derive(Default)]
+struct Table {
+    by_uid: HashMap<Uid, Arc<Object>>,
+    by_name: HashMap<(String, String), Uid>,
+}
+
+struct BoundPod {
+    site: SiteName,
+    namespace: String,
+    refs: PodRefs,
+}
+
+impl Default for Mirror {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Mirror {
+    /// An empty picture, not synced.
+    pub fn new() -> Self {
+        Self {
+            state: RwLock::default(),
+            sites: Mutex::default(),
+            unsynced: watch::Sender::new(KINDS.len()),
+        }
+    }
+
+    /// Waits until every informer has listed its kind once.
+    pub async fn synced(&self) {
+        // The sender lives as long as `self`, so waiting cannot fail.
+        let _ = self.unsynced.subscribe().wait_for(|left| *left == 0).await;
+    }
+
+    /// Whether every informer has listed its kind once.
+    pub fn is_synced(&self) -> bool {
+        *self.unsynced.borrow() == 0
+    }
+
+    /// A counter that moves whenever the site's set may have changed.
+    pub fn changes(&self, site: &SiteName) -> watch::Receiver<u64> {
+        let mut sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
+        sites
+            .entry(site.clone())
+            .or_insert_with(|| watch::Sender::new(0))
+            .subscribe()
+    }
+
+    /// Everything that the site should hold now.
+    pub fn desired(&self, site: &SiteName) -> Desired {
+        let state = self.read();
+        let mut desired = Desired::default();
+        let mut namespaces = BTreeSet::new();
+        for uid in state.pods_by_site.get(site).into_iter().flatten() {
+            let (Some(object), Some(pod)) = (state.object(Kind::Pod, uid), state.pods.get(uid)) else {
+                continue;
+            };
+            desired.add(object);
+            namespaces.insert(pod.namespace.as_str());
+            for (kind, name) in &pod.refs.objects {
+                if let Some(object) = state.named((*kind).into(), &pod.namespace, name) {
+                    desired.add(object);
+                }
+            }
+            let leaving = object.value["metadata"].get("deletionTimestamp").is_some();
+            for need in &pod.refs.tokens {
+                let owner = TokenOwner {
+                    namespace: pod.namespace.clone(),
+                    pod: object.name.clone(),
+                    uid: uid.clone(),
+                    service_account: pod.refs.service_account.clone(),
+                };
+                let key = ObjectKey {
+                    kind: Kind::ServiceAccountToken,
+                    uid: token_uid(uid, need),
+                };
+                desired.tokens.insert(
+                    key,
+                    DesiredToken {
+                        owner,
+                        need: need.clone(),
+                        leaving,
+                    },
+                );
+            }
+        }
+        if let Some(services) = state.tables.get(&Kind::Service) {
+            for service in services.by_uid.values() {
+                let everywhere = service.namespace == "default" && service.name == "kubernetes";
+                if everywhere && !namespaces.is_empty() || namespaces.contains(service.namespace.as_str()) {
+                    desired.add(service);
+                }
+            }
+        }
+        for kind in [Kind::Node, Kind::Site] {
+            if let Some(object) = state.named(kind, "", site.as_str()) {
+                desired.add(object);
+            }
+        }
+        if let Some(devices) = state.tables.get(&Kind::Device) {
+            for device in devices
+                .by_uid
+                .values()
+                .filter(|d| device_site(&d.value) == Some(site.as_str()))
+            {
+                desired.add(device);
+            }
+        }
+        desired
+    }
+
+    /// A watched object by name; `namespace` is empty for cluster-scoped kinds.
+    pub fn named(&self, kind: Kind, namespace: &str, name: &str) -> Option<Arc<Object>> {
+        self.read().named(kind, namespace, name).cloned()
+    }
+
+    /// A watched object by UID.
+    pub fn object(&self, key: &ObjectKey) -> Option<Arc<Object>> {
+        self.read().object(key.kind, &key.uid).cloned()
+    }
+
+    /// All objects of a kind.
+    pub fn all(&self, kind: Kind) -> Vec<Arc<Object>> {
+        self.read()
+            .tables
+            .get(&kind)
+            .map(|t| t.by_uid.values().cloned().collect())
+            .unwrap_or_default()
+    }
+
+    /// Where a pod runs.
+    pub fn locate(&self, namespace: &str, name: &str) -> Option<PodSummary> {
+        let state = self.read();
+        let object = state.named(Kind::Pod, namespace, name)?;
+        let pod = state.pods.get(&object.key.uid)?;
+        Some(PodSummary {
+            site: pod.site.clone(),
+            uid: object.key.uid.clone(),
+        })
+    }
+
+    /// The pods bound to a site.
+    pub fn pods_of(&self, site: &SiteName) -> Vec<Arc<Object>> {
+        let state = self.read();
+        state
+            .pods_by_site
+            .get(site)
+            .into_iter()
+            .flatten()
+            .filter_map(|uid| state.object(Kind::Pod, uid).cloned())
+            .collect()
+    }
+
+    /// Takes a new or changed object from its informer.
+    pub(super) fn apply(&self, kind: Kind, value: Value) {
+        let Some(object) = Object::new(kind, value) else {
+            return;
+        };
+        let mut dirty = BTreeSet::new();
+        {
+            let mut state = self.write();
+            if kind == Kind::Pod {
+                state.bind(&object, &mut dirty);
+            }
+            let newer = Arc::new(object);
+            let table = state.tables.entry(kind).or_default();
+            let place = (newer.namespace.clone(), newer.name.clone());
+            table.by_name.insert(place, newer.key.uid.clone());
+            let older = table.by_uid.insert(newer.key.uid.clone(), Arc::clone(&newer));
+            for object in older.iter().chain([&newer]) {
+                state.affected(object, &mut dirty);
+            }
+        }
+        self.fire(&dirty);
+    }
+
+    /// Takes a deletion from the informer.
+    pub(super) fn delete(&self, kind: Kind, uid: &Uid) {
+        let mut dirty = BTreeSet::new();
+        {
+            let mut state = self.write();
+            let Some(object) = state.tables.get_mut(&kind).and_then(|t| t.remove(uid)) else {
+                return;
+            };
+            if kind == Kind::Pod {
+                state.unbind(uid, &mut dirty);
+            }
+            state.affected(&object, &mut dirty);
+        }
+        self.fire(&dirty);
+    }
+
+    /// A listing is complete: whatever it did not name is gone.
+    pub(super) fn listed(&self, kind: Kind, seen: &HashSet<Uid>) {
+        let stale: Vec<Uid> = self
+            .read()
+            .tables
+            .get(&kind)
+            .map(|t| {
+                t.by_uid
+                    .keys()
+                    .filter(|uid| !seen.contains(*uid))
+                    .cloned()
+                    .collect()
+            })
+            .unwrap_or_default();
+        for uid in &stale {
+            self.delete(kind, uid);
+        }
+        let mut state = self.write();
+        if state.synced.insert(kind) {
+            let left = KINDS.len() - state.synced.len();
+            self.unsynced.send_replace(left);
+        }
+    }
+
+    fn fire(&self, dirty: &BTreeSet<SiteName>) {
+        let sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
+        for site in dirty {
+            if let Some(counter) = sites.get(site) {
+                counter.send_modify(|count| *count += 1);
+            }
+        }
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Desired {
+    fn add(&mut self, object: &Arc<Object>) {
+        self.objects.insert(object.key.clone(), Arc::clone(object));
+    }
+}
+
+impl Table {
+    fn remove(&mut self, uid: &Uid) -> Option<Arc<Object>> {
+        let object = self.by_uid.remove(uid)?;
+        let place = (object.namespace.clone(), object.name.clone());
+        // The name may already belong to a successor.
+        if self.by_name.get(&place) == Some(uid) {
+            self.by_name.remove(&place);
+        }
+        Some(object)
+    }
+}
+
+impl State {
+    fn object(&self, kind: Kind, uid: &Uid) -> Option<&Arc<Object>> {
+        self.tables.get(&kind)?.by_uid.get(uid)
+    }
+
+    fn named(&self, kind: Kind, namespace: &str, name: &str) -> Option<&Arc<Object>> {
+        let table = self.tables.get(&kind)?;
+        table
+            .by_uid
+            .get(table.by_name.get(&(namespace.to_owned(), name.to_owned()))?)
+    }
+
+    fn bind(&mut self, object: &Object, dirty: &mut BTreeSet<SiteName>) {
+        let uid = &object.key.uid;
+        let site = object.value["spec"]["nodeName"]
+            .as_str()
+            .and_then(|name| name.parse::<SiteName>().ok());
+        // A node whose name cannot be a site's is none of ours.
+        let Some(site) = site else {
+            return self.unbind(uid, dirty);
+        };
+        match serde_json::from_value::<Pod>(object.value.clone()) {
+            Ok(pod) => {
+                let refs = PodRefs::of(&pod);
+                let namespace = object.namespace.clone();
+                self.pods_by_site
+                    .entry(site.clone())
+                    .or_default()
+                    .insert(uid.clone());
+                dirty.insert(site.clone());
+                self.pods.insert(
+                    uid.clone(),
+                    BoundPod {
+                        site,
+                        namespace,
+                        refs,
+                    },
+                );
+            }
+            Err(error) => {
+                tracing::error!(pod = %object.name, namespace = %object.namespace, %error, "a pod cannot be read");
+            }
+        }
+    }
+
+    fn unbind(&mut self, uid: &Uid, dirty: &mut BTreeSet<SiteName>) {
+        let Some(pod) = self.pods.remove(uid) else { return };
+        if let Some(pods) = self.pods_by_site.get_mut(&pod.site) {
+            pods.remove(uid);
+            if pods.is_empty() {
+                self.pods_by_site.remove(&pod.site);
+            }
+        }
+        dirty.insert(pod.site);
+    }
+
+    /// The sites whose set a change of this object may touch.
+    fn affected(&self, object: &Object, dirty: &mut BTreeSet<SiteName>) {
+        match object.key.kind {
+            Kind::ConfigMap | Kind::Secret => {
+                let users = self.pods.values().filter(|p| {
+                    p.namespace == object.namespace && p.refs.contains(object.key.kind, &object.name)
+                });
+                dirty.extend(users.map(|p| p.site.clone()));
+            }
+            Kind::Service => {
+                let everywhere = object.namespace == "default" && object.name == "kubernetes";
+                let users = self
+                    .pods
+                    .values()
+                    .filter(|p| everywhere || p.namespace == object.namespace);
+                dirty.extend(users.map(|p| p.site.clone()));
+            }
+            Kind::Node | Kind::Site => dirty.extend(object.name.parse::<SiteName>().ok()),
+            Kind::Device => {
+                dirty.extend(device_site(&object.value).and_then(|name| name.parse::<SiteName>().ok()))
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The node that the device controller has bound a device to.
+fn device_site(device: &Value) -> Option<&str> {
+    device["status"]["nodeName"]
+        .as_str()
+        .filter(|name| !name.is_empty())
+}

@@ -1,0 +1,135 @@
+//! TLS connections of sites, handed to tonic with the peer's identity.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustls::ServerConfig;
+use skerry_proto::SiteName;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
+
+use crate::pki::Authority;
+
+/// How long a client may take for its TLS handshake.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// Handshakes under way at one time; more wait in the kernel's queue.
+const HANDSHAKES: usize = 256;
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// The site that the client's certificate names; `None` without a certificate.
+    pub site: Option<SiteName>,
+    /// Its address.
+    pub remote: SocketAddr,
+}
+
+/// A connection whose handshake is done.
+pub struct Connection {
+    stream: TlsStream<TcpStream>,
+    peer: Peer,
+}
+
+/// Accepts connections until `stop`, shakes hands concurrently, and yields the good ones.
+///
+/// A peer that fails its handshake is logged and forgotten; the listener goes on.
+pub fn serve(
+    listener: TcpListener,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+    authority: Authority,
+    stop: CancellationToken,
+) -> ReceiverStream<io::Result<Connection>> {
+    let (ready, connections) = mpsc::channel(16);
+    let places = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES));
+    tokio::spawn(async move {
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                return;
+            };
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            let (stream, remote) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "the link listener cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let acceptor = TlsAcceptor::from(Arc::clone(&tls.borrow()));
+            let (ready, authority) = (ready.clone(), authority.clone());
+            tokio::spawn(async move {
+                match tokio::time::timeout(HANDSHAKE_LIMIT, shake(stream, remote, acceptor, &authority)).await
+                {
+                    Ok(Ok(connection)) => {
+                        let _ = ready.send(Ok(connection)).await;
+                    }
+                    Ok(Err(reason)) => tracing::info!(%remote, %reason, "a link connection was refused"),
+                    Err(_) => tracing::info!(%remote, "a link connection did not finish its TLS handshake"),
+                }
+                drop(place);
+            });
+        }
+    });
+    ReceiverStream::new(connections)
+}
+
+async fn shake(
+    stream: TcpStream,
+    remote: SocketAddr,
+    acceptor: TlsAcceptor,
+    authority: &Authority,
+) -> Result<Connection, String> {
+    stream.set_nodelay(true).map_err(|e| e.to_string())?;
+    let stream = acceptor.accept(stream).await.map_err(|e| e.to_string())?;
+    let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let site = authority.peer_site(certificates).map_err(|e| e.to_string())?;
+    Ok(Connection {
+        stream,
+        peer: Peer { site, remote },
+    })
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

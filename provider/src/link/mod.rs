@@ -1,0 +1,19 @@
+//! The gRPC server of the cloud-edge link: one session per site.
+//!
+//! In: TLS connections of sites, the mirror's idea of what each site must hold. Out: changes to the edge, reports to
+//! the API server, streams for the kubelet endpoint. `link.proto` is the protocol's document.
+//!
+//! What must always hold:
+//! * A session acts only for the site that its certificate names.
+//! * A fenced session writes nothing more: every task of it ends with `Session::over`.
+//! * Reports about one object reach the API server in the order in which the edge made them.
+
+mod bulk;
+mod connection;
+pub mod reports;
+mod service;
+pub mod sessions;
+pub mod tunnels;
+
+pub use connection::{Peer, serve};
+pub use service::{LinkDeps, LinkService, Timing};

@@ -1,0 +1,289 @@
+//! The Link service: who may speak, and what each stream is for.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use jiff::Timestamp;
+use skerry_proto::SiteName;
+use skerry_proto::link::Kind;
+use skerry_proto::link::{
+    self, CloudBulk, CloudControl, EdgeBulk, EdgeControl, Hello, JoinResponse, PROTOCOL_MAX, PROTOCOL_MIN,
+    RenewRequest, TunnelFrame, Welcome, cloud_control, edge_bulk, edge_control, link_server, tunnel_frame,
+};
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::bulk::Bulk;
+use super::connection::Peer;
+use super::reports::Reports;
+use super::sessions::{Session, Sessions};
+use super::tunnels::Tunnels;
+use crate::cluster::Mirror;
+use crate::pki::Authority;
+
+/// How long a new stream may stay silent before its first message.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+/// Orders and acknowledgements that may wait for a slow control connection.
+const CONTROL_QUEUE: usize = 128;
+/// Messages that may wait for a slow bulk connection.
+const BULK_QUEUE: usize = 64;
+
+/// Heartbeat settings that the provider gives to every site.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// How often the edge sends a heartbeat.
+    pub heartbeat: Duration,
+    /// Silence after which a session is given up.
+    pub deadline: Duration,
+}
+
+/// What the service works with.
+pub struct LinkDeps {
+    /// The Kubernetes API.
+    pub client: kube::Client,
+    /// What sites should hold.
+    pub mirror: Arc<Mirror>,
+    /// Who is connected.
+    pub sessions: Sessions,
+    /// Streams for the kubelet endpoint.
+    pub tunnels: Tunnels,
+    /// Issues certificates.
+    pub authority: Authority,
+    /// Where reports go.
+    pub reports: Arc<Reports>,
+    /// Heartbeats.
+    pub timing: Timing,
+}
+
+/// The gRPC service.
+pub struct LinkService {
+    deps: Arc<LinkDeps>,
+}
+
+impl LinkService {
+    /// A service over these parts.
+    pub fn new(deps: Arc<LinkDeps>) -> Self {
+        Self { deps }
+    }
+
+    fn greet(&self, peer: &SiteName, hello: &Hello) -> Result<u32, Status> {
+        if hello.site != peer.as_str() {
+            return Err(Status::permission_denied(format!(
+                "the certificate is for site {peer:?}, but the daemon says that it is site {:?}; join again with a \
+                 token for the right site",
+                hello.site
+            )));
+        }
+        if !self.deps.mirror.is_synced() {
+            return Err(Status::unavailable(
+                "the provider is still reading the cluster; try again",
+            ));
+        }
+        if self.deps.mirror.named(Kind::Site, "", peer.as_str()).is_none() {
+            return Err(Status::failed_precondition(format!(
+                "there is no Site {peer:?} in the cluster; declare it again with kubectl, or remove this edge"
+            )));
+        }
+        let newest = hello.protocol_max.min(PROTOCOL_MAX);
+        if newest < hello.protocol_min || newest < PROTOCOL_MIN {
+            return Err(Status::failed_precondition(format!(
+                "no common protocol version: the edge ({}) speaks {} to {}, the provider {PROTOCOL_MIN} to \
+                 {PROTOCOL_MAX}; upgrade the older one",
+                hello.version, hello.protocol_min, hello.protocol_max
+            )));
+        }
+        Ok(newest)
+    }
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl link_server::Link for LinkService {
+    type ControlStream = Answers<CloudControl>;
+    type BulkStream = Answers<CloudBulk>;
+    type TunnelStream = Answers<TunnelFrame>;
+
+    async fn control(
+        &self,
+        request: Request<Streaming<EdgeControl>>,
+    ) -> Result<Response<Self::ControlStream>, Status> {
+        let (site, remote) = certified(&request)?;
+        let mut inbound = request.into_inner();
+        let Some(edge_control::Message::Hello(hello)) = first(&mut inbound).await?.message else {
+            return Err(Status::invalid_argument(
+                "the first message on Control must be Hello",
+            ));
+        };
+        let protocol = self.greet(&site, &hello)?;
+        let (orders, queue) = mpsc::channel(CONTROL_QUEUE);
+        let now = Timestamp::now();
+        let session = self.deps.sessions.begin(&site, &hello, orders.clone(), now);
+        tracing::info!(%site, %remote, version = %hello.version, session = %session.id, "a site connected");
+        let timing = self.deps.timing;
+        let welcome = Welcome {
+            protocol,
+            session: session.id.clone(),
+            heartbeat_millis: millis(timing.heartbeat),
+            deadline_millis: millis(timing.deadline),
+            now_unix_nanos: i64::try_from(now.as_nanosecond()).unwrap_or(i64::MAX),
+            features: vec![],
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        // The queue is new and has room.
+        let _ = orders.try_send(Ok(CloudControl {
+            message: Some(cloud_control::Message::Welcome(welcome)),
+        }));
+        tokio::spawn(listen(Arc::clone(&self.deps), session.clone(), inbound, orders));
+        Ok(Response::new(Box::pin(until_over(queue, session))))
+    }
+
+    async fn bulk(
+        &self,
+        request: Request<Streaming<EdgeBulk>>,
+    ) -> Result<Response<Self::BulkStream>, Status> {
+        let (site, _) = certified(&request)?;
+        let mut inbound = request.into_inner();
+        let Some(edge_bulk::Message::Hello(hello)) = first(&mut inbound).await?.message else {
+            return Err(Status::invalid_argument(
+                "the first message on Bulk must be BulkHello",
+            ));
+        };
+        let session = self.session(&site, &hello.session)?;
+        let (outbound, queue) = mpsc::channel(BULK_QUEUE);
+        let bulk = Bulk::new(Arc::clone(&self.deps), session.clone(), outbound);
+        let deps = Arc::clone(&self.deps);
+        let task = session.clone();
+        tokio::spawn(async move {
+            if let Err(status) = bulk.run(inbound).await {
+                tracing::info!(site = %task.site, session = %task.id, %status, "the bulk stream ended");
+            }
+            // Neither half of a session is of use without the other.
+            deps.sessions.end(&task, Timestamp::now());
+        });
+        Ok(Response::new(Box::pin(until_over(queue, session))))
+    }
+
+    async fn tunnel(
+        &self,
+        request: Request<Streaming<TunnelFrame>>,
+    ) -> Result<Response<Self::TunnelStream>, Status> {
+        let (site, _) = certified(&request)?;
+        let mut inbound = request.into_inner();
+        let Some(tunnel_frame::Frame::Open(open)) = first(&mut inbound).await?.frame else {
+            return Err(Status::invalid_argument(
+                "the first frame on Tunnel must be TunnelOpen",
+            ));
+        };
+        self.session(&site, &open.session)?;
+        Ok(Response::new(self.deps.tunnels.accept(&site, open, inbound)))
+    }
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
+        let (site, _) = certified(&request)?;
+        if self.deps.mirror.is_synced() && self.deps.mirror.named(Kind::Site, "", site.as_str()).is_none() {
+            return Err(Status::failed_precondition(format!(
+                "there is no Site {site:?} in the cluster"
+            )));
+        }
+        crate::pki::renew(
+            &self.deps.authority,
+            &self.deps.client,
+            &site,
+            &request.into_inner(),
+        )
+        .await
+        .map(Response::new)
+    }
+}
+
+impl LinkService {
+    fn session(&self, site: &SiteName, id: &str) -> Result<Session, Status> {
+        self.deps
+            .sessions
+            .current(site, id)
+            .ok_or_else(|| Status::aborted(format!("session {id} of site {site} is over")))
+    }
+}
+
+/// Reads the control stream until the session is over or silent for too long.
+async fn listen(
+    deps: Arc<LinkDeps>,
+    session: Session,
+    mut inbound: Streaming<EdgeControl>,
+    orders: mpsc::Sender<Result<CloudControl, Status>>,
+) {
+    let reason = loop {
+        let message = tokio::select! {
+            () = session.over.cancelled() => break "another session took over, or this one was dismissed".to_owned(),
+            message = tokio::time::timeout(deps.timing.deadline, inbound.message()) => message,
+        };
+        let message = match message {
+            Ok(Ok(Some(message))) => message.message,
+            Ok(Ok(None)) => break "the edge closed it".to_owned(),
+            Ok(Err(status)) => break status.message().to_owned(),
+            Err(_) => break format!("nothing was heard for {:?}", deps.timing.deadline),
+        };
+        deps.sessions.heard(&session, Timestamp::now());
+        match message {
+            Some(edge_control::Message::Heartbeat(beat)) => {
+                let ack = cloud_control::Message::HeartbeatAck(link::HeartbeatAck { seq: beat.seq });
+                if orders.try_send(Ok(CloudControl { message: Some(ack) })).is_err() {
+                    break "the edge does not read its control stream".to_owned();
+                }
+            }
+            Some(edge_control::Message::TunnelFailed(failed)) => deps.tunnels.failed(&session.site, failed),
+            // A second Hello, or something newer than this build: ignored, as link.proto says.
+            _ => {}
+        }
+    };
+    let current = deps.sessions.current(&session.site, &session.id).is_some();
+    deps.sessions.end(&session, Timestamp::now());
+    if current {
+        deps.tunnels.drop_site(&session.site);
+    }
+    tracing::info!(site = %session.site, session = %session.id, %reason, "a site's session ended");
+}
+
+/// The messages of a queue until the session is over; what was queued before its end still goes out.
+fn until_over<T: Send + 'static>(
+    queue: mpsc::Receiver<Result<T, Status>>,
+    session: Session,
+) -> impl Stream<Item = Result<T, Status>> + Send {
+    futures::stream::unfold((queue, session), |(mut queue, session)| async move {
+        let message = tokio::select! {
+            biased;
+            message = queue.recv() => message,
+            () = session.over.cancelled() => queue.try_recv().ok(),
+        }?;
+        Some((message, (queue, session)))
+    })
+}
+
+async fn first<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
+    match tokio::time::timeout(GREETING_LIMIT, inbound.message()).await {
+        Ok(message) => {
+            message?.ok_or_else(|| Status::invalid_argument("the stream ended before its first message"))
+        }
+        Err(_) => Err(Status::deadline_exceeded("no first message came")),
+    }
+}
+
+fn certified<T>(request: &Request<T>) -> Result<(SiteName, std::net::SocketAddr), Status> {
+    let peer = request.extensions().get::<Peer>();
+    match peer {
+        Some(Peer {
+            site: Some(site),
+            remote,
+        }) => Ok((site.clone(), *remote)),
+        _ => Err(Status::unauthenticated(
+            "this call needs a site's certificate; run skerry-edge join first",
+        )),
+    }
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,261 @@
+//! Which sites are connected, and by which session.
+//!
+//! A site has at most one session. A new one fences the old: its token is cancelled before the new one is entered, and
+//! whatever still runs for it may no longer write.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use skerry_proto::SiteName;
+use skerry_proto::link::{CloudControl, Hello, OpenTunnel, cloud_control};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::tunnels::{Orders, SiteAway};
+
+/// What is known of a site's link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkState {
+    /// A session exists and is heard.
+    pub online: bool,
+    /// When `online` took its present value; the provider's start for a site never seen by this process.
+    pub since: Timestamp,
+    /// When anything was last heard; absent for a site never seen by this process.
+    pub last_heard: Option<Timestamp>,
+    /// The daemon's version, empty when never seen.
+    pub version: String,
+    /// The machine's boot id, empty when never seen.
+    pub boot_id: String,
+}
+
+/// One session, as its streams hold it.
+#[derive(Clone)]
+pub struct Session {
+    /// Its unique name.
+    pub id: String,
+    /// The site.
+    pub site: SiteName,
+    /// Cancelled when the session ends, for whatever reason.
+    pub over: CancellationToken,
+}
+
+struct Entry {
+    session: Session,
+    orders: mpsc::Sender<Result<CloudControl, tonic::Status>>,
+    store_id: String,
+}
+
+/// The registry. Clones share it.
+#[derive(Clone)]
+pub struct Sessions {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    started: Timestamp,
+    entries: Mutex<HashMap<SiteName, Entry>>,
+    states: Mutex<HashMap<SiteName, watch::Sender<LinkState>>>,
+}
+
+impl Sessions {
+    /// An empty registry; `now` is the provider's start.
+    pub fn new(now: Timestamp) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                started: now,
+                entries: Mutex::default(),
+                states: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Starts a session and ends the site's older one, if any.
+    pub fn begin(
+        &self,
+        site: &SiteName,
+        hello: &Hello,
+        orders: mpsc::Sender<Result<CloudControl, tonic::Status>>,
+        now: Timestamp,
+    ) -> Session {
+        let session = Session {
+            id: uuid::Uuid::new_v4().simple().to_string(),
+            site: site.clone(),
+            over: CancellationToken::new(),
+        };
+        let entry = Entry {
+            session: session.clone(),
+            orders,
+            store_id: hello.store_id.clone(),
+        };
+        let older = self.entries().insert(site.clone(), entry);
+        if let Some(older) = older {
+            older.session.over.cancel();
+            if older.store_id != hello.store_id {
+                tracing::warn!(
+                    %site,
+                    "a daemon with another store took over the site's session: is its disk cloned, or was the store reset?"
+                );
+            }
+        }
+        self.state(site).send_modify(|state| {
+            if !state.online {
+                state.online = true;
+                state.since = now;
+            }
+            state.last_heard = Some(now);
+            state.version.clone_from(&hello.version);
+            state.boot_id.clone_from(&hello.boot_id);
+        });
+        session
+    }
+
+    /// Notes that the site was heard, unless the session is over.
+    pub fn heard(&self, session: &Session, now: Timestamp) {
+        if !session.over.is_cancelled() {
+            // Quietly: watchers wait for changes of state, not for each heartbeat.
+            self.state(&session.site).send_if_modified(|state| {
+                state.last_heard = Some(now);
+                false
+            });
+        }
+    }
+
+    /// Ends a session. Has no effect on a newer one of the same site.
+    pub fn end(&self, session: &Session, now: Timestamp) {
+        session.over.cancel();
+        let removed = {
+            let mut entries = self.entries();
+            let current = entries
+                .get(&session.site)
+                .is_some_and(|entry| entry.session.id == session.id);
+            current.then(|| entries.remove(&session.site)).flatten()
+        };
+        if removed.is_some() {
+            self.state(&session.site).send_modify(|state| {
+                state.online = false;
+                state.since = now;
+            });
+        }
+    }
+
+    /// The site's current session, if it is the named one.
+    pub fn current(&self, site: &SiteName, id: &str) -> Option<Session> {
+        self.entries()
+            .get(site)
+            .filter(|entry| entry.session.id == id)
+            .map(|entry| entry.session.clone())
+    }
+
+    /// Ends the site's session from this side, telling the edge why.
+    pub fn dismiss(&self, site: &SiteName, reason: &str, retry_after_millis: u32) {
+        if let Some(entry) = self.entries().get(site) {
+            let goodbye = skerry_proto::link::Goodbye {
+                reason: reason.to_owned(),
+                retry_after_millis,
+            };
+            let _ = entry.orders.try_send(Ok(CloudControl {
+                message: Some(cloud_control::Message::Goodbye(goodbye)),
+            }));
+            entry.session.over.cancel();
+        }
+    }
+
+    /// Says goodbye to every site; used at shutdown.
+    pub fn dismiss_all(&self, reason: &str) {
+        let sites: Vec<SiteName> = self.entries().keys().cloned().collect();
+        for site in sites {
+            self.dismiss(&site, reason, 1_000);
+        }
+    }
+
+    /// How many sites are connected.
+    pub fn online(&self) -> usize {
+        self.entries().len()
+    }
+
+    /// The state of a site's link, to be watched.
+    pub fn watch(&self, site: &SiteName) -> watch::Receiver<LinkState> {
+        self.state(site).subscribe()
+    }
+
+    /// Since when the site is away; `None` when this process never saw it.
+    fn away_since(&self, site: &SiteName) -> Option<Timestamp> {
+        let state = self.state(site).borrow().clone();
+        state.last_heard.map(|_| state.since)
+    }
+
+    fn entries(&self) -> std::sync::MutexGuard<'_, HashMap<SiteName, Entry>> {
+        self.inner.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self, site: &SiteName) -> watch::Sender<LinkState> {
+        let mut states = self.inner.states.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = || {
+            watch::Sender::new(LinkState {
+                online: false,
+                since: self.inner.started,
+                last_heard: None,
+                version: String::new(),
+                boot_id: String::new(),
+            })
+        };
+        states.entry(site.clone()).or_insert_with(fresh).clone()
+    }
+}
+
+impl Orders for Sessions {
+    fn send(&self, site: &SiteName, order: OpenTunnel) -> Result<(), SiteAway> {
+        let entries = self.entries();
+        let message = CloudControl {
+            message: Some(cloud_control::Message::OpenTunnel(order)),
+        };
+        match entries.get(site).map(|entry| entry.orders.try_send(Ok(message))) {
+            Some(Ok(())) => Ok(()),
+            _ => Err(SiteAway {
+                site: site.clone(),
+                since: self.away_since(site),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello {
+            version: "1".to_owned(),
+            store_id: "s".to_owned(),
+            ..Default::default()
+        }
+    }
+
+    fn site() -> SiteName {
+        "harbour".parse().unwrap()
+    }
+
+    #[test]
+    fn a_new_session_fences_the_old_and_the_late_end_of_the_old_changes_nothing() {
+        let now = Timestamp::UNIX_EPOCH;
+        let sessions = Sessions::new(now);
+        let (sender, _receiver) = mpsc::channel(1);
+        let old = sessions.begin(&site(), &hello(), sender.clone(), now);
+        let new = sessions.begin(&site(), &hello(), sender, now);
+        assert!(old.over.is_cancelled());
+        assert!(!new.over.is_cancelled());
+        sessions.end(&old, now);
+        assert!(sessions.watch(&site()).borrow().online);
+        assert!(sessions.current(&site(), &old.id).is_none());
+        assert!(sessions.current(&site(), &new.id).is_some());
+        sessions.end(&new, now);
+        assert!(!sessions.watch(&site()).borrow().online);
+    }
+
+    #[test]
+    fn an_order_for_a_site_that_is_away_is_refused() {
+        let sessions = Sessions::new(Timestamp::UNIX_EPOCH);
+        assert!(sessions.send(&site(), OpenTunnel::default()).is_err());
+    }
+}

@@ -1,0 +1,126 @@
+//! The provider's metrics.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use skerry_proto::SiteName;
+
+/// Upper bounds in seconds; 0.2 is the target of the API's P99.
+const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// Labels of a per-site metric.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct SiteLabels {
+    node: String,
+}
+
+/// Labels of a request to the Kubernetes API.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RequestLabels {
+    method: String,
+    code: String,
+}
+
+/// Labels of a certificate.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct CertificateLabels {
+    certificate: String,
+}
+
+/// Everything that the provider counts.
+pub struct Metrics {
+    /// What `/metrics` shows.
+    pub registry: Arc<Mutex<Registry>>,
+    node_status: Family<SiteLabels, Gauge>,
+    requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
+    certificates: Family<CertificateLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    /// Sessions begun since the start.
+    pub sessions: Counter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// Registers every metric.
+    pub fn new() -> Self {
+        let mut registry = Registry::default();
+        let node_status = Family::<SiteLabels, Gauge>::default();
+        registry.register(
+            "kubeedge_edge_node_status",
+            "1 while the site's link is up, 0 while it is not",
+            node_status.clone(),
+        );
+        let requests: Family<RequestLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(BUCKETS));
+        registry.register(
+            "kubeedge_api_request_duration_seconds",
+            "Time from sending a request to the Kubernetes API until the head of its answer",
+            requests.clone(),
+        );
+        let certificates = Family::<CertificateLabels, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
+        registry.register(
+            "kubeedge_certificate_expiry_days",
+            "Days until the certificate expires, negative when it has",
+            certificates.clone(),
+        );
+        let sessions = Counter::default();
+        registry.register(
+            "skerry_sessions",
+            "Sessions that sites have begun",
+            sessions.clone(),
+        );
+        Self {
+            registry: Arc::new(Mutex::new(registry)),
+            node_status,
+            requests,
+            certificates,
+            sessions,
+        }
+    }
+
+    /// Notes whether a site's link is up.
+    pub fn set_site(&self, site: &SiteName, online: bool) {
+        self.node_status
+            .get_or_create(&SiteLabels {
+                node: site.to_string(),
+            })
+            .set(i64::from(online));
+    }
+
+    /// Drops what was said of a site that was deleted.
+    pub fn forget_site(&self, site: &SiteName) {
+        self.node_status.remove(&SiteLabels {
+            node: site.to_string(),
+        });
+    }
+
+    /// Notes an answer of the Kubernetes API; `code` is 0 when none came.
+    pub fn observe_request(&self, method: &http::Method, code: u16, took: Duration) {
+        let labels = RequestLabels {
+            method: method.to_string(),
+            code: code.to_string(),
+        };
+        self.requests.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// Notes when a certificate expires.
+    pub fn set_certificate(&self, name: &str, seconds_left: i64) {
+        #[allow(clippy::cast_precision_loss)]
+        let days = seconds_left as f64 / 86_400.0;
+        self.certificates
+            .get_or_create(&CertificateLabels {
+                certificate: name.to_owned(),
+            })
+            .set(days);
+    }
+}

@@ -1,0 +1,164 @@
+//! Enrolment and renewal over gRPC.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use kube::Client;
+use serde_json::json;
+use skerry_proto::SiteName;
+use skerry_proto::link::{JoinRequest, JoinResponse, RenewRequest, enrolment_server};
+use skerry_proto::token::JoinToken;
+use tonic::{Request, Response, Status};
+
+use super::tokens::{self, TokenError};
+use super::{Authority, Issued};
+use crate::sites;
+
+/// Largest certificate request taken.
+const MAX_CSR_BYTES: usize = 16 * 1024;
+/// Refused joins that may follow each other at once, and how often one more is allowed after that.
+const REFUSALS: u32 = 20;
+const REFUSAL_EVERY: Duration = Duration::from_secs(1);
+
+/// The one service that is open to clients without a certificate.
+pub struct EnrolmentService {
+    authority: Authority,
+    client: Client,
+    namespace: String,
+    refusals: Mutex<Refusals>,
+}
+
+/// A token bucket: guessing tokens is hopeless anyway, and must not cost the API server much.
+struct Refusals {
+    left: u32,
+    refilled: Instant,
+}
+
+impl EnrolmentService {
+    /// Enrols sites with tokens from that namespace.
+    pub fn new(authority: Authority, client: Client, namespace: String) -> Self {
+        let refusals = Mutex::new(Refusals {
+            left: REFUSALS,
+            refilled: Instant::now(),
+        });
+        Self {
+            authority,
+            client,
+            namespace,
+            refusals,
+        }
+    }
+
+    async fn enrol(&self, request: &JoinRequest) -> Result<JoinResponse, Status> {
+        let token: JoinToken = request
+            .token
+            .parse()
+            .map_err(|e: skerry_proto::token::InvalidToken| Status::invalid_argument(e.to_string()))?;
+        if request.site != token.site.as_str() {
+            return Err(Status::permission_denied(format!(
+                "the join token is for site {}, not for {:?}",
+                token.site, request.site
+            )));
+        }
+        if !sites::exists(&self.client, &token.site)
+            .await
+            .map_err(|e| unavailable(&e))?
+        {
+            return Err(Status::failed_precondition(
+                TokenError::NoSite(token.site).to_string(),
+            ));
+        }
+        // Before the token is used up: a request that cannot be signed should not cost it.
+        let issued = issue(&self.authority, &request.csr_der, &token.site)?;
+        tokens::consume(&self.client, &self.namespace, &token, Timestamp::now())
+            .await
+            .map_err(|e| match e {
+                TokenError::Api(error) => unavailable(&error),
+                refused => Status::permission_denied(refused.to_string()),
+            })?;
+        tracing::info!(site = %token.site, serial = %issued.serial, "a site was enrolled");
+        let status = json!({
+            "state": "Enrolled",
+            "certificate": {"notAfter": issued.not_after, "serial": issued.serial},
+        });
+        if let Err(error) = sites::patch_status(&self.client, &token.site, status).await {
+            // The certificate is issued and the token used: the status follows with the first connection.
+            tracing::warn!(site = %token.site, %error, "the Site's status was not updated after its enrolment");
+        }
+        Ok(answer(&self.authority, &issued))
+    }
+
+    fn throttle(&self) -> Result<(), Status> {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let earned = refusals.refilled.elapsed().as_secs() / REFUSAL_EVERY.as_secs();
+        if earned > 0 {
+            refusals.left = refusals
+                .left
+                .saturating_add(u32::try_from(earned).unwrap_or(REFUSALS))
+                .min(REFUSALS);
+            refusals.refilled = Instant::now();
+        }
+        if refusals.left == 0 {
+            return Err(Status::resource_exhausted(
+                "too many refused joins; wait a few seconds and try again",
+            ));
+        }
+        Ok(())
+    }
+
+    fn count_refusal(&self) {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        refusals.left = refusals.left.saturating_sub(1);
+    }
+}
+
+#[tonic::async_trait]
+impl enrolment_server::Enrolment for EnrolmentService {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        self.throttle()?;
+        let answer = self.enrol(request.get_ref()).await;
+        if let Err(status) = &answer {
+            self.count_refusal();
+            tracing::warn!(site = %request.get_ref().site.chars().take(80).collect::<String>(), reason = status.message(), "a join was refused");
+        }
+        answer.map(Response::new)
+    }
+}
+
+/// Issues a new certificate for the site that the presented one names.
+pub async fn renew(
+    authority: &Authority,
+    client: &Client,
+    site: &SiteName,
+    request: &RenewRequest,
+) -> Result<JoinResponse, Status> {
+    let issued = issue(authority, &request.csr_der, site)?;
+    tracing::info!(%site, serial = %issued.serial, "a site's certificate was renewed");
+    let status = json!({"certificate": {"notAfter": issued.not_after, "serial": issued.serial}});
+    if let Err(error) = sites::patch_status(client, site, status).await {
+        tracing::warn!(%site, %error, "the Site's status does not show its new certificate yet");
+    }
+    Ok(answer(authority, &issued))
+}
+
+fn issue(authority: &Authority, csr_der: &[u8], site: &SiteName) -> Result<Issued, Status> {
+    if csr_der.len() > MAX_CSR_BYTES {
+        return Err(Status::invalid_argument("the certificate request is too large"));
+    }
+    authority.issue_site(csr_der, site).map_err(|error| {
+        Status::invalid_argument(format!("the certificate request cannot be signed: {error}"))
+    })
+}
+
+fn answer(authority: &Authority, issued: &Issued) -> JoinResponse {
+    JoinResponse {
+        certificates_der: vec![issued.certificate.to_vec().into()],
+        roots_der: vec![authority.certificate().to_vec().into()],
+        trust_domain: authority.trust_domain().to_string(),
+    }
+}
+
+fn unavailable(error: &kube::Error) -> Status {
+    Status::unavailable(format!("the provider cannot reach the Kubernetes API: {error}"))
+}

@@ -1,0 +1,131 @@
+//! The edge's events, as a kubelet would emit them.
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Event;
+use kube::Client;
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use serde_json::json;
+use skerry_proto::SiteName;
+use skerry_proto::link::EventReport;
+use skerry_proto::object::ContentHash;
+
+use crate::link::reports::{Outcome, outcome_of};
+
+/// Creates the event, or raises its count when it is a repetition.
+///
+/// The name is derived from what the event says, so that a replay after a lost acknowledgement changes nothing.
+pub async fn apply(client: &Client, site: &SiteName, report: &EventReport) -> Outcome {
+    // Events about cluster-scoped objects live in the default namespace.
+    let namespace = if report.namespace.is_empty() {
+        "default"
+    } else {
+        &report.namespace
+    };
+    let events: Api<Event> = Api::namespaced(client.clone(), namespace);
+    let name = event_name(report);
+    let event = match event(&name, namespace, site, report) {
+        Ok(event) => event,
+        Err(error) => return Outcome::Dropped(error.to_string()),
+    };
+    match events.create(&PostParams::default(), &event).await {
+        Ok(_) => Outcome::Accepted,
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            let patch = json!({"count": report.count.max(1), "lastTimestamp": time(report.last_unix_nanos)});
+            match events
+                .patch(&name, &PatchParams::default(), &Patch::Merge(&patch))
+                .await
+            {
+                Ok(_) => Outcome::Accepted,
+                Err(error) => outcome_of(&error),
+            }
+        }
+        Err(error) => outcome_of(&error),
+    }
+}
+
+fn event(
+    name: &str,
+    namespace: &str,
+    site: &SiteName,
+    report: &EventReport,
+) -> Result<Event, serde_json::Error> {
+    serde_json::from_value(json!({
+        "metadata": {"name": name, "namespace": namespace},
+        "involvedObject": {
+            "apiVersion": if report.api_version.is_empty() { "v1" } else { report.api_version.as_str() },
+            "kind": report.kind,
+            "namespace": report.namespace,
+            "name": report.name,
+            "uid": report.uid,
+            "fieldPath": (!report.field_path.is_empty()).then_some(&report.field_path),
+        },
+        "type": report.r#type,
+        "reason": report.reason,
+        "message": report.message,
+        "count": report.count.max(1),
+        "firstTimestamp": time(report.first_unix_nanos),
+        "lastTimestamp": time(report.last_unix_nanos),
+        "source": {"component": "kubelet", "host": site.as_str()},
+        "reportingComponent": "kubelet",
+        "reportingInstance": site.as_str(),
+    }))
+}
+
+fn event_name(report: &EventReport) -> String {
+    let identity = format!(
+        "{}\0{}\0{}\0{}\0{}\0{}",
+        report.uid, report.field_path, report.r#type, report.reason, report.message, report.first_unix_nanos
+    );
+    let ContentHash(hash) = ContentHash::of_bytes(identity.as_bytes());
+    let hex: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    // An object's name is at most 253 characters long, and so is an event's.
+    let stem: String = report.name.chars().take(253 - 1 - hex.len()).collect();
+    format!("{stem}.{hex}")
+}
+
+fn time(unix_nanos: i64) -> Option<String> {
+    let time = Timestamp::from_nanosecond(i128::from(unix_nanos)).ok()?;
+    Some(time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replayed_event_has_the_same_name_and_a_later_one_another() {
+        let report = EventReport {
+            name: "p".to_owned(),
+            reason: "Started".to_owned(),
+            count: 1,
+            ..Default::default()
+        };
+        let repeated = EventReport {
+            count: 2,
+            last_unix_nanos: 5,
+            ..report.clone()
+        };
+        let later = EventReport {
+            first_unix_nanos: 9,
+            ..report.clone()
+        };
+        assert_eq!(event_name(&report), event_name(&repeated));
+        assert_ne!(event_name(&report), event_name(&later));
+    }
+
+    #[test]
+    fn an_event_names_its_site_and_object() {
+        let report = EventReport {
+            kind: "Pod".to_owned(),
+            namespace: "ns".to_owned(),
+            name: "p".to_owned(),
+            r#type: "Normal".to_owned(),
+            first_unix_nanos: 1_500_000_000,
+            ..Default::default()
+        };
+        let event = event("n", "ns", &"harbour".parse().unwrap(), &report).unwrap();
+        assert_eq!(event.source.unwrap().host.as_deref(), Some("harbour"));
+        assert_eq!(event.involved_object.name.as_deref(), Some("p"));
+        assert_eq!(event.count, Some(1));
+    }
+}

@@ -1,0 +1,211 @@
+//! The edge's view of a pod, merged into the API's.
+//!
+//! Source: kubelet status manager (strategic merge patch of `pods/status` that carries the UID; the final delete with
+//! grace 0 and a UID precondition).
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::Client;
+use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
+use serde_json::{Map, Value, json};
+use skerry_proto::SiteName;
+use skerry_proto::link::{Kind, PodStatusReport};
+use skerry_proto::object::{ObjectKey, Uid};
+
+use crate::cluster::Mirror;
+use crate::link::reports::{Outcome, outcome_of};
+
+/// Fields of PodStatus that the edge owns. One that its report leaves out is removed from the API's status.
+const OWNED: [&str; 15] = [
+    "phase",
+    "message",
+    "reason",
+    "hostIP",
+    "podIP",
+    "startTime",
+    "containerStatuses",
+    "initContainerStatuses",
+    "ephemeralContainerStatuses",
+    "observedGeneration",
+    "resize",
+    "resources",
+    "allocatedResources",
+    "hostIPs",
+    "podIPs",
+];
+
+/// Lists whose patch strategy is merge: they are replaced as a whole, or old addresses would stay for ever.
+const REPLACED: [&str; 2] = ["hostIPs", "podIPs"];
+
+/// Writes a report to the API and, when the pod has ended and is under deletion, deletes the object.
+pub async fn apply(client: &Client, mirror: &Mirror, site: &SiteName, report: &PodStatusReport) -> Outcome {
+    let Ok(Value::Object(reported)) = serde_json::from_slice(&report.status_json) else {
+        return Outcome::Dropped("the status is not a JSON object".to_owned());
+    };
+    let key = ObjectKey {
+        kind: Kind::Pod,
+        uid: Uid::from(report.uid.as_str()),
+    };
+    let Some(known) = mirror.object(&key) else {
+        return Outcome::Dropped("the pod is gone".to_owned());
+    };
+    if known.value["spec"]["nodeName"].as_str() != Some(site.as_str()) {
+        return Outcome::Dropped(format!("the pod is not bound to site {site}"));
+    }
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &report.namespace);
+    let mut deleting = known.value["metadata"].get("deletionTimestamp").is_some();
+    if let Some(patch) = status_patch(&reported, &known.value["status"], &report.uid) {
+        match pods
+            .patch_status(&report.name, &PatchParams::default(), &Patch::Strategic(&patch))
+            .await
+        {
+            Ok(pod) => deleting = pod.metadata.deletion_timestamp.is_some(),
+            Err(error) => return outcome_of(&error),
+        }
+    }
+    if report.finished && deleting {
+        return delete(&pods, report).await;
+    }
+    Outcome::Accepted
+}
+
+async fn delete(pods: &Api<Pod>, report: &PodStatusReport) -> Outcome {
+    let params = DeleteParams {
+        grace_period_seconds: Some(0),
+        preconditions: Some(Preconditions {
+            uid: Some(report.uid.clone()),
+            resource_version: None,
+        }),
+        ..Default::default()
+    };
+    match pods.delete(&report.name, &params).await {
+        Ok(_) => Outcome::Accepted,
+        // Gone, or already another pod of that name: what was wanted.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Outcome::Accepted,
+        Err(error) => outcome_of(&error),
+    }
+}
+
+/// The patch that brings `current` to what the edge reports; `None` when nothing differs.
+fn status_patch(reported: &Map<String, Value>, current: &Value, uid: &str) -> Option<Value> {
+    let mut status = Map::new();
+    for field in OWNED {
+        let (new, old) = (reported.get(field), current.get(field));
+        if new == old {
+            continue;
+        }
+        let value = match new {
+            None => Value::Null,
+            Some(Value::Array(items)) if REPLACED.contains(&field) => {
+                let mut list = vec![json!({"$patch": "replace"})];
+                list.extend(items.iter().cloned());
+                Value::Array(list)
+            }
+            Some(value) => value.clone(),
+        };
+        status.insert(field.to_owned(), value);
+    }
+    let conditions = changed_conditions(reported, current);
+    if !conditions.is_empty() {
+        status.insert("conditions".to_owned(), Value::Array(conditions));
+    }
+    (!status.is_empty()).then(|| json!({"metadata": {"uid": uid}, "status": status}))
+}
+
+/// The edge's conditions that the API does not have yet. They merge by type, so all others stay.
+fn changed_conditions(reported: &Map<String, Value>, current: &Value) -> Vec<Value> {
+    let list = |value: Option<&Value>| value.and_then(Value::as_array).cloned().unwrap_or_default();
+    let existing = list(current.get("conditions"));
+    list(reported.get("conditions"))
+        .into_iter()
+        .filter(|condition| {
+            let same_type = existing.iter().find(|other| other["type"] == condition["type"]);
+            match same_type {
+                // The scheduler said it first; its transition time stays.
+                Some(other) if condition["type"] == "PodScheduled" => other["status"] != condition["status"],
+                Some(other) => differs(condition, other),
+                None => true,
+            }
+        })
+        .map(complete_condition)
+        .collect()
+}
+
+fn differs(new: &Value, old: &Value) -> bool {
+    [
+        "status",
+        "reason",
+        "message",
+        "lastTransitionTime",
+        "observedGeneration",
+    ]
+    .iter()
+    .any(|field| new.get(*field).filter(|v| !v.is_null()) != old.get(*field).filter(|v| !v.is_null()))
+}
+
+/// A merge keeps fields that the patch leaves out: an old reason must be removed by name.
+fn complete_condition(mut condition: Value) -> Value {
+    if let Some(map) = condition.as_object_mut() {
+        for field in ["reason", "message"] {
+            map.entry(field).or_insert(Value::Null);
+        }
+    }
+    condition
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn an_equal_status_makes_no_patch() {
+        let status = json!({"phase": "Running", "podIPs": [{"ip": "10.0.0.1"}],
+            "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]});
+        let mut current = status.clone();
+        current["qosClass"] = json!("BestEffort");
+        current["conditions"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "example.com/gate", "status": "True"}));
+        assert_eq!(status_patch(&map(status), &current, "u"), None);
+    }
+
+    #[test]
+    fn addresses_are_replaced_and_missing_fields_removed() {
+        let current =
+            json!({"phase": "Running", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}], "message": "m"});
+        let patch = status_patch(
+            &map(json!({"phase": "Running", "podIP": "10.0.0.2", "podIPs": [{"ip": "10.0.0.2"}]})),
+            &current,
+            "u",
+        )
+        .unwrap();
+        assert_eq!(patch["metadata"]["uid"], "u");
+        assert_eq!(
+            patch["status"]["podIPs"],
+            json!([{"$patch": "replace"}, {"ip": "10.0.0.2"}])
+        );
+        assert_eq!(patch["status"]["message"], Value::Null);
+        assert!(patch["status"].get("phase").is_none());
+    }
+
+    #[test]
+    fn only_changed_conditions_travel_and_lose_their_old_reason() {
+        let current = json!({"conditions": [
+            {"type": "Ready", "status": "False", "reason": "ContainersNotReady", "lastTransitionTime": "a"},
+            {"type": "Initialized", "status": "True", "lastTransitionTime": "a"},
+            {"type": "PodScheduled", "status": "True", "lastTransitionTime": "a"}]});
+        let reported = map(json!({"conditions": [
+            {"type": "Ready", "status": "True", "lastTransitionTime": "b"},
+            {"type": "Initialized", "status": "True", "lastTransitionTime": "a"},
+            {"type": "PodScheduled", "status": "True", "lastTransitionTime": "b"}]}));
+        let patch = status_patch(&reported, &current, "u").unwrap();
+        assert_eq!(
+            patch["status"]["conditions"],
+            json!([{"type": "Ready", "status": "True", "reason": null, "message": null, "lastTransitionTime": "b"}])
+        );
+    }
+}

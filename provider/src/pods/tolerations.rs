@@ -1,0 +1,101 @@
+//! Protection of a disconnected site's pods from eviction.
+//!
+//! Admission gives every pod tolerations of `not-ready` and `unreachable` for 300 s; after that the control plane
+//! deletes the pods of a node that is not heard, and replaces them elsewhere while they still run at the edge. A pod
+//! that is bound to a site is therefore made to tolerate both for ever. The change is kept in the pod, so it protects
+//! also while no provider runs. (The API server allows to change `tolerationSeconds` of a bound pod, and to add
+//! tolerations.)
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::Client;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::{Value, json};
+
+use crate::cluster::Object;
+
+const KEYS: [&str; 2] = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"];
+
+/// Makes one pod tolerate an absent site; does nothing when it does so already.
+pub async fn protect(client: &Client, pod: &Object) -> Result<(), kube::Error> {
+    let Some(tolerations) = wanted(&pod.value) else {
+        return Ok(());
+    };
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace);
+    let patch = json!({"metadata": {"uid": pod.key.uid.as_str()}, "spec": {"tolerations": tolerations}});
+    match pods
+        .patch(&pod.name, &PatchParams::default(), &Patch::Merge(&patch))
+        .await
+    {
+        Ok(_) => Ok(()),
+        // Gone, or replaced by another pod of that name, which comes by itself.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The tolerations that the pod should have; `None` when it has them.
+fn wanted(pod: &Value) -> Option<Vec<Value>> {
+    if pod["metadata"].get("deletionTimestamp").is_some() {
+        return None;
+    }
+    let current = pod["spec"]["tolerations"].as_array().cloned().unwrap_or_default();
+    let mut wanted = current.clone();
+    for key in KEYS {
+        let mut covered = false;
+        for toleration in &mut wanted {
+            if covers(toleration, key) {
+                covered = true;
+                if let Some(map) = toleration.as_object_mut() {
+                    map.remove("tolerationSeconds");
+                }
+            }
+        }
+        if !covered {
+            wanted.push(json!({"key": key, "operator": "Exists", "effect": "NoExecute"}));
+        }
+    }
+    (wanted != current).then_some(wanted)
+}
+
+/// Whether a toleration matches the NoExecute taint of that key (which has no value).
+fn covers(toleration: &Value, key: &str) -> bool {
+    let text = |field: &str| toleration[field].as_str().unwrap_or_default();
+    let key_matches = text("key") == key || (text("key").is_empty() && text("operator") == "Exists");
+    let effect_matches = matches!(text("effect"), "" | "NoExecute");
+    let value_matches = text("operator") == "Exists" || text("value").is_empty();
+    key_matches && effect_matches && value_matches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_tolerations_lose_their_limit_and_others_stay() {
+        let pod = json!({"metadata": {}, "spec": {"tolerations": [
+            {"key": "a", "operator": "Exists"},
+            {"key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300},
+            {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}]}});
+        assert_eq!(
+            wanted(&pod).unwrap(),
+            [
+                json!({"key": "a", "operator": "Exists"}),
+                json!({"key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute"}),
+                json!({"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute"}),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_pod_that_tolerates_everything_is_left_alone_and_one_without_gets_both() {
+        assert_eq!(
+            wanted(&json!({"metadata": {}, "spec": {"tolerations": [{"operator": "Exists"}]}})),
+            None
+        );
+        assert_eq!(wanted(&json!({"metadata": {}, "spec": {}})).unwrap().len(), 2);
+        assert_eq!(
+            wanted(&json!({"metadata": {"deletionTimestamp": "t"}, "spec": {}})),
+            None
+        );
+    }
+}

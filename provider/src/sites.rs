@@ -1,0 +1,38 @@
+//! The Site kind (`sites.edge.skerry.dev/v1alpha1`), whose schema is `manifests/crds/sites.yaml`.
+
+use kube::Client;
+use kube::api::{Api, DynamicObject, Patch, PatchParams};
+use kube::discovery::ApiResource;
+use serde_json::{Value, json};
+use skerry_proto::SiteName;
+
+/// Where Sites live in the API.
+pub fn resource() -> ApiResource {
+    ApiResource {
+        group: "edge.skerry.dev".to_owned(),
+        version: "v1alpha1".to_owned(),
+        api_version: "edge.skerry.dev/v1alpha1".to_owned(),
+        kind: "Site".to_owned(),
+        plural: "sites".to_owned(),
+    }
+}
+
+/// Whether the Site is declared.
+pub async fn exists(client: &Client, site: &SiteName) -> Result<bool, kube::Error> {
+    let sites: Api<DynamicObject> = Api::all_with(client.clone(), &resource());
+    Ok(sites.get_opt(site.as_str()).await?.is_some())
+}
+
+/// Merges fields into a Site's status; a Site that is gone is fine.
+pub async fn patch_status(client: &Client, site: &SiteName, status: Value) -> Result<(), kube::Error> {
+    let sites: Api<DynamicObject> = Api::all_with(client.clone(), &resource());
+    let patch = json!({ "status": status });
+    match sites
+        .patch_status(site.as_str(), &PatchParams::default(), &Patch::Merge(&patch))
+        .await
+    {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Err(error) => Err(error),
+    }
+}
