@@ -1,0 +1,262 @@
+//! A site: an edge daemon, its runtime, and the line to the provider.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, http_get};
+use crate::containerd::Containerd;
+use crate::kubectl::{Kubectl, condition};
+use crate::process::{Daemon, free_port, kill_below, text, workspace_binary};
+use crate::relay::Relay;
+use crate::wait::{SOON, eventually, same};
+
+/// The image that every site has.
+pub const IMAGE: &str = "docker.io/library/busybox:1.36";
+
+/// What runs a site's containers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Runtime {
+    /// containerd over CRI.
+    Containerd,
+    /// Processes of the host.
+    Process,
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Containerd => "containerd",
+            Self::Process => "process",
+        })
+    }
+}
+
+/// An enrolled site. Dropping it ends its daemon and its containers.
+pub struct Site {
+    name: String,
+    runtime: Runtime,
+    dir: PathBuf,
+    kubectl: Kubectl,
+    containerd: Option<Containerd>,
+    relay: Relay,
+    modbus: Option<SocketAddr>,
+    metrics: SocketAddr,
+    edge: Option<Daemon>,
+}
+
+impl Site {
+    /// Declares, enrols and starts a site named `name`; answers once its Node is Ready.
+    ///
+    /// # Panics
+    /// When it does not get that far.
+    pub fn start(cluster: &Cluster, name: &str, runtime: Runtime) -> Self {
+        let mut site = Self::enrol(cluster, name, runtime);
+        site.start_edge();
+        site.wait_ready();
+        site
+    }
+
+    /// Declares and enrols a site; its daemon is not running yet.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn enrol(cluster: &Cluster, name: &str, runtime: Runtime) -> Self {
+        let site = Self::prepare(cluster, name, runtime);
+        cluster.declare(name);
+        let out = site.join(&cluster.token(name, &[]));
+        assert!(out.status.success(), "skerry-edge join: {}", text(&out));
+        site
+    }
+
+    /// Makes the site's machine: directory, runtime, line. Nothing is declared or enrolled.
+    pub fn prepare(cluster: &Cluster, name: &str, runtime: Runtime) -> Self {
+        let dir = cluster.dir().join("sites").join(name);
+        std::fs::create_dir_all(&dir).expect("the site's directory can be made");
+        Self {
+            name: name.into(),
+            runtime,
+            kubectl: cluster.kubectl().clone(),
+            containerd: (runtime == Runtime::Containerd).then(|| Containerd::start(&dir.join("containerd"))),
+            relay: Relay::to(cluster.link()),
+            modbus: None,
+            metrics: SocketAddr::from(([127, 0, 0, 1], free_port())),
+            edge: None,
+            dir,
+        }
+    }
+
+    /// Its name, also the Node's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its runtime.
+    pub fn runtime(&self) -> Runtime {
+        self.runtime
+    }
+
+    /// Its line to the provider.
+    pub fn line(&self) -> &Relay {
+        &self.relay
+    }
+
+    /// Where the daemon keeps its state.
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
+    /// Where the harness keeps its files for this site.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Names the site's Modbus endpoint, from the next start of the daemon on.
+    pub fn set_modbus(&mut self, endpoint: SocketAddr) {
+        self.modbus = Some(endpoint);
+    }
+
+    /// `skerry-edge join` with that token, through the relay.
+    pub fn join(&self, token: &str) -> Output {
+        join(&self.relay.address().to_string(), token, &self.data_dir())
+    }
+
+    /// The command line of `skerry-edge run` for this site.
+    pub fn edge_command(&self) -> Command {
+        let mut command = Command::new(workspace_binary("skerry-edge"));
+        command.arg("run").arg("--data-dir").arg(self.data_dir());
+        match &self.containerd {
+            Some(containerd) => {
+                command.args(["--runtime", "cri", "--runtime-endpoint", &containerd.endpoint()])
+            }
+            None => command.args(["--runtime", "process"]),
+        };
+        command.arg("--pod-log-dir").arg(self.dir.join("pod-logs"));
+        command.args(["--metrics-listen", &self.metrics.to_string()]);
+        if let Some(endpoint) = self.modbus {
+            command.args(["--modbus-endpoint", &endpoint.to_string()]);
+        }
+        command
+    }
+
+    /// Starts the daemon.
+    pub fn start_edge(&mut self) {
+        let daemon = Daemon::start("skerry-edge", self.edge_command(), &self.dir.join("edge.log"));
+        self.edge = Some(daemon);
+    }
+
+    /// `kill -9` of the daemon alone.
+    pub fn kill_edge(&mut self) {
+        self.edge.take().expect("the daemon runs").kill();
+    }
+
+    /// SIGTERM to the daemon; its exit code.
+    pub fn stop_edge(&mut self) -> i32 {
+        self.edge.take().expect("the daemon runs").terminate()
+    }
+
+    /// What a power cut does: the daemon and every container are gone at once, the disk stays. Then containerd
+    /// starts, but not the daemon.
+    pub fn power_cut(&mut self) {
+        if self.edge.is_some() {
+            self.kill_edge();
+        }
+        match &self.containerd {
+            Some(containerd) => {
+                containerd.power_cut();
+                containerd.up();
+            }
+            None => kill_below(&self.dir),
+        }
+    }
+
+    /// Waits until the Node is Ready.
+    pub fn wait_ready(&mut self) {
+        eventually(SOON, &format!("node {} is Ready", self.name), || {
+            if let Some(edge) = &mut self.edge {
+                edge.check()?;
+            }
+            let node = self.kubectl.get("node", &self.name)?;
+            same(condition(&node, "Ready")["status"].as_str(), Some("True")).map_err(|e| {
+                format!(
+                    "{e}\n{}",
+                    self.edge.as_ref().map(Daemon::log_tail).unwrap_or_default()
+                )
+            })
+        });
+    }
+
+    /// Body of the daemon's `/metrics`, `/healthz` or `/readyz`, with its status.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub fn http(&self, path: &str) -> Result<(u16, String), String> {
+        http_get(self.metrics, path)
+    }
+
+    /// The last lines that the daemon has logged.
+    pub fn log_tail(&self) -> String {
+        self.edge.as_ref().map(Daemon::log_tail).unwrap_or_default()
+    }
+
+    /// A Pod for this site: `spec` completed with the node, the image and a short grace period where it names none.
+    pub fn pod(&self, name: &str, spec: Value) -> String {
+        let spec = self.complete(spec);
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}}, "spec": spec}).to_string()
+    }
+
+    /// A pod spec completed as by [`Site::pod`], for templates.
+    pub fn complete(&self, mut spec: Value) -> Value {
+        spec["nodeSelector"] = json!({"kubernetes.io/hostname": self.name});
+        if spec.get("terminationGracePeriodSeconds").is_none() {
+            spec["terminationGracePeriodSeconds"] = json!(2);
+        }
+        for list in ["initContainers", "containers"] {
+            for (index, container) in spec[list].as_array_mut().into_iter().flatten().enumerate() {
+                for (key, value) in [("image", json!(IMAGE)), ("name", json!(format!("c{index}")))] {
+                    if container.get(key).is_none() {
+                        container[key] = value;
+                    }
+                }
+            }
+            if spec[list].is_null() {
+                spec.as_object_mut()
+                    .expect("a pod spec is an object")
+                    .remove(list);
+            }
+        }
+        spec
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        self.edge = None;
+        kill_below(&self.data_dir());
+        self.containerd = None;
+        // A Site that has gone for good takes its Node with it, so that the scheduler forgets it.
+        let _ = self
+            .kubectl
+            .output(&["delete", "site", &self.name, "--ignore-not-found", "--wait=false"]);
+        let _ = self
+            .kubectl
+            .output(&["delete", "node", &self.name, "--ignore-not-found", "--wait=false"]);
+    }
+}
+
+/// `skerry-edge join`.
+pub fn join(provider: &str, token: &str, data_dir: &Path) -> Output {
+    Command::new(workspace_binary("skerry-edge"))
+        .args(["join", "--provider", provider, "--token", token, "--data-dir"])
+        .arg(data_dir)
+        .stdin(Stdio::null())
+        .output()
+        .expect("skerry-edge runs")
+}
+
+/// How long a provider may take to notice a line that has gone silent.
+pub const NOTICED: Duration = Duration::from_secs(75);

@@ -1,0 +1,37 @@
+//! What Skerry promises, shown on a real control plane with real runtimes and peers.
+//!
+//! `cargo test -p skerry-tests --test e2e [WORD]...` runs the scenarios whose names contain every word. The programs
+//! of the workspace must have been built (`cargo build --workspace`), the tools too: `hack/test --prepare` does both.
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+mod autonomy;
+mod devices;
+mod enrolment;
+mod pods;
+mod programs;
+mod store;
+mod streams;
+mod workloads;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    // The long ones first, so that they do not run alone at the end.
+    let scenarios = [
+        autonomy::scenarios(),
+        devices::scenarios(),
+        store::scenarios(),
+        enrolment::scenarios(),
+        pods::scenarios(),
+        workloads::scenarios(),
+        streams::scenarios(),
+        programs::scenarios(),
+    ];
+    let scenarios = scenarios.into_iter().flatten().collect();
+    if skerry_tests::runner::run(scenarios, &words) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
