@@ -156,7 +156,7 @@ impl Cluster {
             .arg(self.provider_kubeconfig());
         for (flag, value) in [
             ("--link-listen", self.link.to_string()),
-            ("--link-address", self.link.to_string()),
+            ("--link-address", self.link.ip().to_string()),
             ("--kubelet-listen", kubelet.to_string()),
             ("--node-address", node_address.to_string()),
             ("--metrics-listen", self.metrics.to_string()),

@@ -12,11 +12,11 @@ use crate::process::{text, tools};
 #[derive(Clone)]
 pub struct Kubectl {
     kubeconfig: PathBuf,
-    namespace: String,
+    namespace: Option<String>,
 }
 
 impl Kubectl {
-    /// Uses `kubeconfig`, in the namespace `default`.
+    /// Uses `kubeconfig`, in the namespace that it names or `default`.
     pub fn new(kubeconfig: PathBuf) -> Self {
         Self {
             kubeconfig,
