@@ -1,1 +1,106 @@
-fn main() {}
+//! The provider's program: command line, logging, signals, exit codes.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use jiff::Timestamp;
+use skerry_provider::cli::{Cli, Command, TokenAction, completion};
+use skerry_provider::config::{Config, ConfigError, Settings};
+use skerry_provider::pki::tokens::{self, TokenError};
+use skerry_provider::pki::{Authority, AuthorityError};
+use skerry_provider::server::{self, ServerError};
+use skerry_telemetry::shutdown;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("skerry-provider: the process cannot start its threads: {error}");
+            return ExitCode::from(1);
+        }
+    };
+    match runtime.block_on(dispatch(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("skerry-provider: {failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    #[error("there is no join token {0}")]
+    NoToken(String),
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Server(ServerError::Config(_)) => 2,
+            Self::NoToken(_)
+            | Self::Token(TokenError::NoSite(_) | TokenError::Unknown(_) | TokenError::OtherSite(_)) => 3,
+            _ => 1,
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<(), Failure> {
+    let resolve = |settings: Settings| settings.resolve(cli.config.as_deref());
+    match cli.command {
+        Command::Run(settings) => {
+            let config = resolve(*settings)?;
+            skerry_telemetry::logging::init(&config.log, config.log_format).map_err(ConfigError::Value)?;
+            Ok(server::run(config, shutdown::on_signal()).await?)
+        }
+        Command::Token { settings, action } => token(&resolve((*settings).into())?, action).await,
+        Command::Completion { shell } => {
+            completion(shell);
+            Ok(())
+        }
+    }
+}
+
+async fn token(config: &Config, action: TokenAction) -> Result<(), Failure> {
+    let client = server::client(config.kubeconfig.as_deref(), None).await?;
+    match action {
+        TokenAction::Create { site, ttl } => {
+            let authority =
+                Authority::load_or_create(&client, &config.namespace, &config.trust_domain).await?;
+            let token = tokens::create(
+                &client,
+                &config.namespace,
+                &authority,
+                &site,
+                ttl,
+                Timestamp::now(),
+            )
+            .await?;
+            println!("{token}");
+        }
+        TokenAction::List => {
+            println!("{:<14} {:<24} EXPIRES", "ID", "SITE");
+            for token in tokens::list(&client, &config.namespace).await? {
+                let expires = token
+                    .expires
+                    .map_or_else(|| "unknown".to_owned(), |t| t.to_string());
+                println!("{:<14} {:<24} {expires}", token.id, token.site);
+            }
+        }
+        TokenAction::Delete { id } => {
+            if !tokens::delete(&client, &config.namespace, &id).await? {
+                return Err(Failure::NoToken(id));
+            }
+        }
+    }
+    Ok(())
+}

@@ -20,7 +20,7 @@ impl Kubectl {
     pub fn new(kubeconfig: PathBuf) -> Self {
         Self {
             kubeconfig,
-            namespace: "default".into(),
+            namespace: String::new(),
         }
     }
 
@@ -35,11 +35,11 @@ impl Kubectl {
     /// The command, for those who start it themselves.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(tools().join("kubectl"));
-        command
-            .arg("--kubeconfig")
-            .arg(&self.kubeconfig)
-            .args(["--namespace", &self.namespace])
-            .args(args);
+        command.arg("--kubeconfig").arg(&self.kubeconfig);
+        if !self.namespace.is_empty() {
+            command.args(["--namespace", &self.namespace]);
+        }
+        command.args(args);
         command
     }
 

@@ -45,7 +45,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use skerry_proto::link::Kind;
 use skerry_proto::object::{ObjectKey, Uid};
 use tokio::sync::{broadcast, watch};
@@ -59,6 +59,11 @@ use events::Events;
 use images::Images;
 use record::PodRecord;
 use worker::{Orders, Shared, Worker};
+
+/// The status of a pod that was last reported; `None` when none was.
+pub fn last_status(store: &Store, uid: &Uid) -> Option<PodStatus> {
+    store.state_get::<PodRecord>(ROOM, uid.as_str()).ok()??.status
+}
 
 /// The room's name for its records in the store.
 const ROOM: &str = "pods";
@@ -143,6 +148,7 @@ impl Pods {
             images,
             phases: Mutex::default(),
             summary: watch::Sender::new(Summary::default()),
+            report_round: watch::Sender::new(0),
         };
         Self {
             shared: Arc::new(shared),
@@ -152,6 +158,11 @@ impl Pods {
     /// The site's pods in numbers, from now on.
     pub fn summary(&self) -> watch::Receiver<Summary> {
         self.shared.summary.subscribe()
+    }
+
+    /// Reports every pod's status again, changed or not: the API may have lost or altered it meanwhile.
+    pub fn report_all(&self) {
+        self.shared.report_round.send_modify(|round| *round += 1);
     }
 
     /// Pods that have a worker.
@@ -176,6 +187,7 @@ impl Pods {
         };
         let mut objects = self.shared.store.changes();
         let mut runtime = self.shared.runtime.changes();
+        let mut rounds = self.shared.report_round.subscribe();
         supervisor.look_at_everything()?;
         let mut tick = tokio::time::interval(RESYNC);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -188,6 +200,8 @@ impl Pods {
                     supervisor.resync().await;
                     supervisor.wake(|_| true);
                 }
+                // The sender lives in `self`.
+                _ = rounds.changed() => supervisor.wake(|_| true),
                 Some(ended) = supervisor.tasks.join_next() => supervisor.worker_ended(ended),
             }
         }

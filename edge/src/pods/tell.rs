@@ -128,7 +128,9 @@ impl Worker {
         let json = serde_json::to_vec(&status::build(pod, &self.record, &context)).unwrap_or_default();
         let status: k8s_openapi::api::core::v1::PodStatus = serde_json::from_slice(&json).unwrap_or_default();
         self.note_phase(status.phase.clone().unwrap_or_default());
-        if self.record.status.as_ref() == Some(&status) && (!finished || self.record.finished) {
+        let round = *self.shared.report_round.borrow();
+        let asked = round != self.reported_in;
+        if !asked && self.record.status.as_ref() == Some(&status) && (!finished || self.record.finished) {
             return Ok(());
         }
         let body = report::Report::PodStatus(PodStatusReport {
@@ -147,6 +149,7 @@ impl Worker {
                 body,
             })
             .await?;
+        self.reported_in = round;
         self.record.status = Some(status);
         self.record.finished |= finished;
         self.save()

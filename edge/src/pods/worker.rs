@@ -39,6 +39,8 @@ pub(super) struct Shared {
     /// Phase by UID.
     pub(super) phases: Mutex<HashMap<Uid, String>>,
     pub(super) summary: watch::Sender<Summary>,
+    /// Moves when every status must be reported again, changed or not.
+    pub(super) report_round: watch::Sender<u64>,
 }
 
 /// What a worker is told; only the newest counts.
@@ -88,6 +90,8 @@ pub(super) struct Worker {
     /// The plan's earliest wish to look again.
     pub(super) again: Duration,
     pub(super) said_unsupported: bool,
+    /// The report round in which the status was last reported.
+    pub(super) reported_in: u64,
 }
 
 impl Worker {
@@ -103,6 +107,7 @@ impl Worker {
             .insert(uid.clone(), "Pending".to_owned());
         let mut orders = waker.subscribe();
         orders.mark_changed();
+        let reported_in = *shared.report_round.borrow();
         Self {
             shared,
             uid,
@@ -114,6 +119,7 @@ impl Worker {
             volumes: BTreeMap::new(),
             again: IDLE,
             said_unsupported: false,
+            reported_in,
         }
     }
 

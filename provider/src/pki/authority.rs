@@ -203,6 +203,13 @@ impl Authority {
         &self.inner.certificate
     }
 
+    /// When the CA's own certificate expires.
+    pub fn not_after(&self) -> Timestamp {
+        let seconds = x509_parser::parse_x509_certificate(&self.inner.certificate)
+            .map_or(0, |(_, certificate)| certificate.validity().not_after.timestamp());
+        Timestamp::from_second(seconds).unwrap_or(Timestamp::UNIX_EPOCH)
+    }
+
     /// SHA-256 of the CA's public key, for join tokens.
     pub fn pin(&self) -> &str {
         &self.inner.pin

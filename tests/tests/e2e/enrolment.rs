@@ -220,11 +220,25 @@ fn other_site(t: &Test<'_>) {
     t.cluster.declare(&other);
     let token: JoinToken = t.cluster.token(&other, &[]).parse().unwrap();
     // Written anew, so that the checksum is right: only the provider can tell.
-    let stolen = JoinToken { site: site.name().parse().unwrap(), ..token.clone() };
+    let stolen = JoinToken {
+        site: site.name().parse().unwrap(),
+        ..token.clone()
+    };
     refused(t, &site, &stolen.to_string());
-    let guessed = JoinToken { secret: "0".repeat(token.secret.len()), ..token };
-    let out = join(&t.cluster.link().to_string(), &guessed.to_string(), &site.dir().join("guessed"));
-    assert!(!out.status.success() && text(&out).contains("token"), "{}", text(&out));
+    let guessed = JoinToken {
+        secret: "0".repeat(token.secret.len()),
+        ..token
+    };
+    let out = join(
+        &t.cluster.link().to_string(),
+        &guessed.to_string(),
+        &site.dir().join("guessed"),
+    );
+    assert!(
+        !out.status.success() && text(&out).contains("token"),
+        "{}",
+        text(&out)
+    );
     t.kubectl.run(&["delete", "site", &other]);
 }
 

@@ -1,0 +1,77 @@
+//! The command line of `skerry-edge`.
+
+use std::path::PathBuf;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::config::{DEFAULT_DATA_DIR, Settings};
+
+const EXIT_CODES: &str = "Exit codes:
+  0  success
+  1  failure at run time (a listener could not be opened, the provider was not reached when joining)
+  2  wrong flags or configuration, or the machine has not joined yet
+  3  the provider refused to enrol this machine
+  4  the store or the identity on disk cannot be used
+
+Every flag of run can also be given as an environment variable (shown with it) or as a key of the
+configuration file (the flag's name without the dashes). Flags win over variables over the file.";
+
+/// Runs a site's pods and devices, with or without the cloud.
+#[derive(Parser, Debug)]
+#[command(name = "skerry-edge", version, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    /// Configuration file, TOML [default: /etc/skerry/edge.toml if it exists]
+    #[arg(long, env = "SKERRY_CONFIG", value_name = "FILE", global = true)]
+    pub config: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run the site until SIGTERM; its containers go on running afterwards
+    Run(Box<Settings>),
+    /// Enrol this machine as a site, with a token from: skerry-provider token create SITE
+    Join {
+        /// The provider, HOST:PORT
+        #[arg(long, env = "SKERRY_PROVIDER", value_name = "HOST:PORT")]
+        provider: String,
+        /// The token, a single line; - reads it from standard input
+        #[arg(long, env = "SKERRY_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+        token: String,
+        /// Directory in which the identity is kept
+        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
+        data_dir: PathBuf,
+        /// Replace the identity that this machine has
+        #[arg(long)]
+        force: bool,
+    },
+    /// Show this machine's identity and how long its certificate is valid
+    Status {
+        /// Directory in which the identity is kept
+        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
+        data_dir: PathBuf,
+    },
+    /// Print a completion script for a shell
+    Completion {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Writes the completion script for a shell to standard output.
+pub fn completion(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Cli::command(), "skerry-edge", &mut std::io::stdout());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,280 @@
+//! Settings of the edge daemon: flags over environment over file over defaults.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+/// Read when it exists and no other file is named.
+pub const DEFAULT_FILE: &str = "/etc/skerry/edge.toml";
+/// Where everything is kept unless told otherwise.
+pub const DEFAULT_DATA_DIR: &str = "/var/lib/skerry";
+
+/// Which runtime runs the containers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum RuntimeKind {
+    /// containerd or CRI-O, over their socket.
+    Cri,
+    /// No container engine: commands run as supervised processes of the host.
+    Process,
+}
+
+/// Settings as flags and environment variables give them; each may also stand in the file.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Settings {
+    /// Directory of the store, the identity and the pods' files [default: /var/lib/skerry]
+    #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Provider to dial, HOST:PORT [default: the one that was joined]
+    #[arg(long, env = "SKERRY_PROVIDER", value_name = "HOST:PORT")]
+    pub provider: Option<String>,
+    /// What runs the containers [default: cri]
+    #[arg(long, env = "SKERRY_RUNTIME", value_name = "RUNTIME")]
+    pub runtime: Option<RuntimeKind>,
+    /// Socket of the container engine [default: unix:///run/containerd/containerd.sock]
+    #[arg(long, env = "SKERRY_RUNTIME_ENDPOINT", value_name = "unix://PATH")]
+    pub runtime_endpoint: Option<String>,
+    /// Directory of container logs [default: /var/log/pods as root, else <data-dir>/pod-logs]
+    #[arg(long, env = "SKERRY_POD_LOG_DIR", value_name = "DIR")]
+    pub pod_log_dir: Option<PathBuf>,
+    /// Directory of the pods' volumes [default: <data-dir>/pods]
+    #[arg(long, env = "SKERRY_ROOT_DIR", value_name = "DIR")]
+    pub root_dir: Option<PathBuf>,
+    /// Address of the site, shown as hostIP of its pods [default: that of the route to the provider]
+    #[arg(long, env = "SKERRY_NODE_IP", value_name = "IP")]
+    pub node_ip: Option<IpAddr>,
+    /// Name server of the cluster; may be repeated. Without one, pods use the machine's resolver
+    #[arg(long, env = "SKERRY_CLUSTER_DNS", value_name = "IP", value_delimiter = ',')]
+    #[serde(default)]
+    pub cluster_dns: Vec<IpAddr>,
+    /// DNS domain of the cluster [default: cluster.local]
+    #[arg(long, env = "SKERRY_CLUSTER_DOMAIN", value_name = "DOMAIN")]
+    pub cluster_domain: Option<String>,
+    /// Most pods on this site [default: 110]
+    #[arg(long, env = "SKERRY_MAX_PODS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub max_pods: Option<u32>,
+    /// Modbus TCP server of Devices that name none
+    #[arg(long, env = "SKERRY_MODBUS_ENDPOINT", value_name = "HOST:PORT")]
+    pub modbus_endpoint: Option<String>,
+    /// Address of /healthz, /readyz and /metrics; loopback only [default: 127.0.0.1:9441]
+    #[arg(long, env = "SKERRY_METRICS_LISTEN", value_name = "IP:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// What is logged, for example info,skerry_edge=debug [default: info]
+    #[arg(long, env = "SKERRY_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+    /// How log lines look: text or json [default: text]
+    #[arg(long, env = "SKERRY_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<String>,
+}
+
+/// Settings that cannot be used. Exit code 2.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("the configuration file {file} cannot be read: {source}")]
+    Read {
+        /// Which.
+        file: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not understood.
+    #[error("the configuration file {file} is wrong: {reason}")]
+    Parse {
+        /// Which.
+        file: PathBuf,
+        /// Where and why.
+        reason: String,
+    },
+    /// A value cannot be used.
+    #[error("{0}")]
+    Value(String),
+}
+
+/// Settings complete with defaults.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// See [`Settings::data_dir`].
+    pub data_dir: PathBuf,
+    /// See [`Settings::provider`].
+    pub provider: Option<String>,
+    /// See [`Settings::runtime`].
+    pub runtime: RuntimeKind,
+    /// Path of the engine's socket.
+    pub runtime_socket: PathBuf,
+    /// See [`Settings::pod_log_dir`].
+    pub pod_log_dir: PathBuf,
+    /// See [`Settings::root_dir`].
+    pub root_dir: PathBuf,
+    /// See [`Settings::node_ip`].
+    pub node_ip: Option<IpAddr>,
+    /// See [`Settings::cluster_dns`].
+    pub cluster_dns: Vec<IpAddr>,
+    /// See [`Settings::cluster_domain`].
+    pub cluster_domain: String,
+    /// See [`Settings::max_pods`].
+    pub max_pods: u32,
+    /// See [`Settings::modbus_endpoint`].
+    pub modbus_endpoint: Option<String>,
+    /// See [`Settings::metrics_listen`].
+    pub metrics_listen: SocketAddr,
+    /// See [`Settings::log`].
+    pub log: String,
+    /// See [`Settings::log_format`].
+    pub log_format: skerry_telemetry::logging::LogFormat,
+}
+
+impl Settings {
+    /// Fills what flags and environment leave open from the file, then from the defaults.
+    ///
+    /// `file`: the one that the user named; else [`DEFAULT_FILE`] is read if it exists.
+    pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        let named = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let from_file = match std::fs::read_to_string(named) {
+            Ok(text) => toml::from_str(&text).map_err(|e| ConfigError::Parse {
+                file: named.to_owned(),
+                reason: e.to_string(),
+            })?,
+            Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => Self::default(),
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    file: named.to_owned(),
+                    source,
+                });
+            }
+        };
+        self.over(from_file).complete()
+    }
+
+    fn over(self, file: Self) -> Self {
+        Self {
+            data_dir: self.data_dir.or(file.data_dir),
+            provider: self.provider.or(file.provider),
+            runtime: self.runtime.or(file.runtime),
+            runtime_endpoint: self.runtime_endpoint.or(file.runtime_endpoint),
+            pod_log_dir: self.pod_log_dir.or(file.pod_log_dir),
+            root_dir: self.root_dir.or(file.root_dir),
+            node_ip: self.node_ip.or(file.node_ip),
+            cluster_dns: if self.cluster_dns.is_empty() {
+                file.cluster_dns
+            } else {
+                self.cluster_dns
+            },
+            cluster_domain: self.cluster_domain.or(file.cluster_domain),
+            max_pods: self.max_pods.or(file.max_pods),
+            modbus_endpoint: self.modbus_endpoint.or(file.modbus_endpoint),
+            metrics_listen: self.metrics_listen.or(file.metrics_listen),
+            log: self.log.or(file.log),
+            log_format: self.log_format.or(file.log_format),
+        }
+    }
+
+    fn complete(self) -> Result<Config, ConfigError> {
+        // Paths end up in mounts and in children with another working directory.
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        let data_dir = absolute(self.data_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_DATA_DIR)));
+        let endpoint = self
+            .runtime_endpoint
+            .unwrap_or_else(|| "unix:///run/containerd/containerd.sock".to_owned());
+        let socket = endpoint
+            .strip_prefix("unix://")
+            .filter(|path| path.starts_with('/'))
+            .ok_or_else(|| {
+                ConfigError::Value(format!(
+                    "runtime-endpoint {endpoint:?} must be a socket: unix:///path/to/engine.sock"
+                ))
+            })?;
+        let metrics_listen = self
+            .metrics_listen
+            .unwrap_or(SocketAddr::from(([127, 0, 0, 1], 9441)));
+        if !metrics_listen.ip().is_loopback() {
+            return Err(ConfigError::Value(format!(
+                "metrics-listen {metrics_listen} must be a loopback address: the site's network is not trusted"
+            )));
+        }
+        if let Some(endpoint) = &self.modbus_endpoint
+            && !endpoint
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        {
+            return Err(ConfigError::Value(format!(
+                "modbus-endpoint {endpoint:?} must be HOST:PORT"
+            )));
+        }
+        let default_logs = if nix::unistd::geteuid().is_root() {
+            PathBuf::from("/var/log/pods")
+        } else {
+            data_dir.join("pod-logs")
+        };
+        let format = self.log_format.as_deref().unwrap_or("text");
+        Ok(Config {
+            provider: self.provider,
+            runtime: self.runtime.unwrap_or(RuntimeKind::Cri),
+            runtime_socket: PathBuf::from(socket),
+            pod_log_dir: self.pod_log_dir.map_or(default_logs, absolute),
+            root_dir: self.root_dir.map_or_else(|| data_dir.join("pods"), absolute),
+            node_ip: self.node_ip,
+            cluster_dns: self.cluster_dns,
+            cluster_domain: self.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
+            max_pods: self.max_pods.unwrap_or(110),
+            modbus_endpoint: self.modbus_endpoint,
+            metrics_listen,
+            log: self.log.unwrap_or_else(|| "info".to_owned()),
+            log_format: format
+                .parse()
+                .map_err(|e| ConfigError::Value(format!("log-format: {e}")))?,
+            data_dir,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(text: &str, flags: Settings) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("edge.toml");
+        std::fs::write(&file, text).unwrap();
+        flags.resolve(Some(&file))
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let flags = Settings {
+            max_pods: Some(5),
+            ..Default::default()
+        };
+        let config = resolve("max-pods = 9\nruntime = 'process'\ndata-dir = '/data'\n", flags).unwrap();
+        assert_eq!(config.max_pods, 5);
+        assert_eq!(config.runtime, RuntimeKind::Process);
+        assert_eq!(config.root_dir, Path::new("/data/pods"));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = resolve("max-podz = 1\n", Settings::default())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("max-podz") && error.contains("edge.toml"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn values_that_cannot_work_are_refused() {
+        for wrong in [
+            "runtime-endpoint = 'tcp://x'",
+            "runtime = 'docker'",
+            "metrics-listen = '0.0.0.0:1'",
+            "modbus-endpoint = 'host'",
+            "log-format = 'xml'",
+        ] {
+            assert!(resolve(wrong, Settings::default()).is_err(), "{wrong}");
+        }
+    }
+}

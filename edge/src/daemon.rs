@@ -1,0 +1,234 @@
+//! Wires the rooms of the edge daemon together and runs them.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use skerry_proto::device::Defaults;
+use skerry_proto::link::Kind;
+use skerry_telemetry::http::{Endpoints, ListenError};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, ConfigError, RuntimeKind};
+use crate::devices::{self, Devices};
+use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
+use crate::link::{Dial, Greeting, Link, boot_id};
+use crate::metrics::Metrics;
+use crate::node::{self, NodeConfig};
+use crate::pods::{self, Pods, PodsConfig};
+use crate::runtime::cri::CriRuntime;
+use crate::runtime::process::ProcessRuntime;
+use crate::runtime::{Runtime, RuntimeError};
+use crate::store::{OpenError, Store, StoreError};
+use crate::streams::{PodLookup, Streams};
+
+/// Why the daemon could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// A setting is wrong. Exit code 2.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The site has no usable identity. Exit code 2 or 4.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The store cannot be opened. Exit code 4.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The store cannot be read.
+    #[error(transparent)]
+    Read(#[from] StoreError),
+    /// The runtime cannot be prepared.
+    #[error("the runtime cannot be used: {0}")]
+    Runtime(#[from] RuntimeError),
+    /// The metrics port is taken.
+    #[error(transparent)]
+    Metrics(#[from] ListenError),
+    /// The program's own path is unknown, so it cannot re-execute itself for containers.
+    #[error("the daemon's own program file cannot be found: {0}")]
+    Program(std::io::Error),
+}
+
+/// Runs the site until `stop`. Containers go on running afterwards.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonError> {
+    let identity = Identity::load(&config.data_dir)?;
+    let site = identity.site.clone();
+    let provider = config
+        .provider
+        .clone()
+        .unwrap_or_else(|| identity.provider.clone());
+    let store = Store::open(&config.data_dir)?;
+    let metrics = Arc::new(Metrics::new(&site));
+    let runtime = runtime(&config, site.as_str())?;
+    tracing::info!(%site, %provider, runtime = runtime.scheme(), data_dir = %config.data_dir.display(), "the site is starting");
+
+    let (identity_sender, identity) = watch::channel(Arc::new(identity));
+    let dial: Arc<dyn Dial> = Arc::new(Dialer::new(&provider, identity.clone()).map_err(ConfigError::Value)?);
+    let pods = Pods::new(
+        PodsConfig {
+            node_name: site.to_string(),
+            node_ip: config.node_ip.or_else(|| route_address(&provider)),
+            root_dir: config.root_dir.clone(),
+            pod_log_dir: config.pod_log_dir.clone(),
+            cluster_dns: config.cluster_dns.clone(),
+            cluster_domain: config.cluster_domain.clone(),
+            ..PodsConfig::default()
+        },
+        store.clone(),
+        Arc::clone(&runtime),
+        Arc::new(pods::SystemClock),
+    );
+    let lookup = Arc::new(Lookup(store.clone()));
+    let streams = Arc::new(Streams::new(
+        Arc::clone(&runtime),
+        lookup,
+        config.pod_log_dir.clone(),
+    ));
+    let greeting = Greeting {
+        site: site.clone(),
+        boot_id: boot_id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let link = Arc::new(Link::new(
+        store.clone(),
+        streams,
+        Arc::clone(&dial),
+        greeting,
+        Arc::clone(&metrics),
+    ));
+    let endpoints = endpoints(&metrics, &pods, &store, &identity);
+    let (address, metrics_task) =
+        skerry_telemetry::http::serve(config.metrics_listen, endpoints, stop.clone()).await?;
+    tracing::info!(metrics = %address, "health and metrics are served");
+
+    let mut rooms = JoinSet::new();
+    rooms.spawn(node::run(
+        NodeConfig {
+            site,
+            data_dir: config.data_dir.clone(),
+            max_pods: config.max_pods,
+            fallback_machine_id: store.id().to_owned(),
+        },
+        store.clone(),
+        runtime,
+        link.status(),
+        stop.clone(),
+    ));
+    rooms.spawn(Devices::run(
+        devices::Deps {
+            store: Arc::new(store.clone()),
+            clock: Arc::new(devices::SystemClock),
+            defaults: Defaults {
+                modbus: config.modbus_endpoint.clone(),
+            },
+        },
+        stop.clone(),
+    ));
+    rooms.spawn(renew_loop(
+        config.data_dir.clone(),
+        identity_sender,
+        dial,
+        stop.clone(),
+    ));
+    rooms.spawn(refresh_after_sync(pods.clone(), link.status(), stop.clone()));
+    rooms.spawn(link.run(stop.clone()));
+    let ended = pods.run(stop.clone()).await;
+    // The pods room ends with `stop`, or because the store fails: then nothing else may go on either.
+    stop.cancel();
+    while rooms.join_next().await.is_some() {}
+    metrics_task.abort();
+    tracing::info!("the site's daemon has stopped; its containers go on");
+    Ok(ended?)
+}
+
+fn runtime(config: &Config, site: &str) -> Result<Arc<dyn Runtime>, DaemonError> {
+    Ok(match config.runtime {
+        RuntimeKind::Cri => Arc::new(CriRuntime::connect(config.runtime_socket.clone(), site)),
+        RuntimeKind::Process => {
+            let program = std::env::current_exe().map_err(DaemonError::Program)?;
+            let shim = vec![program.into_os_string(), "shim".into()];
+            Arc::new(ProcessRuntime::new(&config.data_dir.join("process"), shim)?)
+        }
+    })
+}
+
+/// After a reconnection the API may hold a pod's status as the control plane left it while the site was away: every
+/// status is reported again, and the provider writes only those that differ.
+async fn refresh_after_sync(
+    pods: Pods,
+    mut link: watch::Receiver<crate::link::LinkStatus>,
+    stop: CancellationToken,
+) {
+    let mut synced = false;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = link.changed() => if changed.is_err() { return },
+        }
+        let now = link.borrow_and_update().synced;
+        if now && !synced {
+            pods.report_all();
+        }
+        synced = now;
+    }
+}
+
+/// The address of this machine on its way to the provider; no packet is sent.
+fn route_address(provider: &str) -> Option<IpAddr> {
+    let any: SocketAddr = ([0, 0, 0, 0], 0).into();
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect(provider).ok()?;
+    socket
+        .local_addr()
+        .ok()
+        .map(|address| address.ip())
+        .filter(|ip| !ip.is_unspecified())
+}
+
+fn endpoints(
+    metrics: &Arc<Metrics>,
+    pods: &Pods,
+    store: &Store,
+    identity: &watch::Receiver<Arc<Identity>>,
+) -> Endpoints {
+    let (shown, store, identity) = (Arc::clone(metrics), store.clone(), identity.clone());
+    let summary = pods.summary();
+    Endpoints {
+        registry: Arc::clone(&metrics.registry),
+        // The link may be down for weeks: a site that runs its pods is ready all the same.
+        ready: Arc::new(move || {
+            let summary = summary.borrow();
+            if !summary.runtime_error.is_empty() {
+                return Err(summary.runtime_error.clone());
+            }
+            if summary.synced {
+                Ok(())
+            } else {
+                Err("the runtime's containers have not been read yet".to_owned())
+            }
+        }),
+        refresh: Arc::new(move || {
+            shown.set_certificate(identity.borrow().not_after.as_second() - Timestamp::now().as_second());
+            let (outbox, pods) = (
+                store.outbox_len().unwrap_or(0),
+                store.count(Kind::Pod).unwrap_or(0),
+            );
+            shown.set_store(outbox, pods, store.size_bytes());
+        }),
+    }
+}
+
+/// Finds pods for logs and exec: the stored object with the status that was last reported.
+struct Lookup(Store);
+
+impl PodLookup for Lookup {
+    fn pod(&self, namespace: &str, name: &str) -> Option<Pod> {
+        let object = self.0.find(Kind::Pod, namespace, name).ok()??;
+        let mut pod: Pod = object.decode().ok()?;
+        let reported: Option<PodStatus> = pods::last_status(&self.0, &object.key.uid);
+        pod.status = reported.or(pod.status);
+        Some(pod)
+    }
+}

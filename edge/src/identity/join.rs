@@ -1,0 +1,143 @@
+//! Enrolment: a single-use token for a certificate.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rcgen::{CertificateParams, KeyPair};
+use skerry_proto::link::enrolment_client::EnrolmentClient;
+use skerry_proto::link::{JoinRequest, JoinResponse};
+use skerry_proto::token::{InvalidToken, JoinToken};
+use skerry_proto::{SiteName, SpiffeId};
+
+use super::{Identity, IdentityError, dial, files, tls};
+
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// What `skerry-edge join` was told.
+#[derive(Clone, Debug)]
+pub struct JoinOptions {
+    /// `host:port` of the provider's link.
+    pub provider: String,
+    /// The printed token.
+    pub token: String,
+    /// Where the identity is kept.
+    pub data_dir: PathBuf,
+    /// Replace an identity that exists.
+    pub force: bool,
+}
+
+/// Why a site could not join.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// The token is no token. Exit code 2.
+    #[error(transparent)]
+    Token(#[from] InvalidToken),
+    /// The address is no address. Exit code 2.
+    #[error("{0}")]
+    Address(String),
+    /// The machine has an identity already. Exit code 2.
+    #[error("this machine is already site {site} (identity in {dir}); use --force to replace its identity")]
+    Joined {
+        /// As whom.
+        site: SiteName,
+        /// Where.
+        dir: PathBuf,
+    },
+    /// The provider is not there. Exit code 1.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The provider refuses. Exit code 3.
+    #[error("the provider refuses: {0}")]
+    Refused(String),
+    /// The provider's answer makes no sense. Exit code 1.
+    #[error("the provider's answer cannot be used: {0}")]
+    Answer(String),
+    /// The identity could not be written. Exit code 4.
+    #[error(transparent)]
+    Files(#[from] IdentityError),
+}
+
+/// Makes a key, asks the provider for a certificate, and writes the identity. Answers as whom.
+pub async fn join(options: &JoinOptions) -> Result<SiteName, JoinError> {
+    let token: JoinToken = options.token.parse()?;
+    let provider = dial::address(&options.provider).map_err(JoinError::Address)?;
+    if !options.force
+        && let Ok(existing) = Identity::load(&options.data_dir)
+    {
+        return Err(JoinError::Joined {
+            site: existing.site,
+            dir: files::dir(&options.data_dir),
+        });
+    }
+    let (key, csr_der) = new_key().map_err(JoinError::Answer)?;
+    let config = tls::joining(&token.pin).map_err(|e| JoinError::Answer(e.to_string()))?;
+    let channel = dial::connect(&provider, Arc::new(config))
+        .await
+        .map_err(JoinError::Unreachable)?;
+    let request = JoinRequest {
+        site: token.site.to_string(),
+        token: options.token.trim().to_owned(),
+        csr_der,
+    };
+    let answer = tokio::time::timeout(ANSWER_LIMIT, EnrolmentClient::new(channel).join(request))
+        .await
+        .map_err(|_| {
+            JoinError::Unreachable(format!(
+                "the provider at {provider} did not answer within {ANSWER_LIMIT:?}"
+            ))
+        })?
+        .map_err(|status| match status.code() {
+            tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Internal => {
+                JoinError::Unreachable(status.message().to_owned())
+            }
+            _ => JoinError::Refused(status.message().to_owned()),
+        })?
+        .into_inner();
+    check(&answer, &token.site).map_err(JoinError::Answer)?;
+    save(&options.data_dir, &token.site, &provider, &key, &answer)?;
+    Ok(token.site)
+}
+
+/// A fresh key and a certificate request for it.
+pub(super) fn new_key() -> Result<(KeyPair, bytes::Bytes), String> {
+    let make = || {
+        let key = KeyPair::generate()?;
+        let request = CertificateParams::default().serialize_request(&key)?;
+        let der = bytes::Bytes::copy_from_slice(request.der());
+        Ok((key, der))
+    };
+    make().map_err(|e: rcgen::Error| format!("a key cannot be made: {e}"))
+}
+
+/// The certificate must be for this site: what else it was signed for is the provider's business.
+pub(super) fn check(answer: &JoinResponse, site: &SiteName) -> Result<(), String> {
+    let leaf = answer.certificates_der.first().ok_or("it holds no certificate")?;
+    if answer.roots_der.is_empty() {
+        return Err("it holds no root certificate".to_owned());
+    }
+    match SpiffeId::from_certificate_der(leaf) {
+        Ok(SpiffeId::Site(domain, name)) if name == *site && domain.as_str() == answer.trust_domain => Ok(()),
+        Ok(other) => Err(format!("its certificate is for {other}")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+pub(super) fn save(
+    data_dir: &Path,
+    site: &SiteName,
+    provider: &str,
+    key: &KeyPair,
+    answer: &JoinResponse,
+) -> Result<(), IdentityError> {
+    let list = |all: &[bytes::Bytes]| all.iter().map(|der| der.to_vec()).collect::<Vec<_>>();
+    let material = files::Material {
+        site,
+        trust_domain: &answer.trust_domain,
+        provider,
+        key_pem: &key.serialize_pem(),
+        chain: &list(&answer.certificates_der),
+        roots: &list(&answer.roots_der),
+    };
+    files::save(data_dir, &material)
+}

@@ -1,0 +1,262 @@
+//! Settings of the provider: flags over environment over file over defaults.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Deserialize;
+use skerry_proto::TrustDomain;
+
+/// Read when it exists and no other file is named.
+pub const DEFAULT_FILE: &str = "/etc/skerry/provider.toml";
+
+/// Settings as flags and environment variables give them; each may also stand in the file.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Settings {
+    /// Kubeconfig file; without it the Pod's ServiceAccount is used, or ~/.kube/config
+    #[arg(long, env = "SKERRY_KUBECONFIG", value_name = "FILE", global = true)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Namespace of the CA and the join tokens [default: skerry-system]
+    #[arg(long, env = "SKERRY_NAMESPACE", value_name = "NAME", global = true)]
+    pub namespace: Option<String>,
+    /// SPIFFE trust domain of all certificates [default: skerry.local]
+    #[arg(long, env = "SKERRY_TRUST_DOMAIN", value_name = "DOMAIN", global = true)]
+    pub trust_domain: Option<String>,
+    /// Address on which sites connect [default: 0.0.0.0:10443]
+    #[arg(long, env = "SKERRY_LINK_LISTEN", value_name = "IP:PORT")]
+    pub link_listen: Option<SocketAddr>,
+    /// Further name or address for the link's certificate; may be repeated. Sites check the SPIFFE ID, not these
+    #[arg(long, env = "SKERRY_LINK_ADDRESS", value_name = "NAME", value_delimiter = ',')]
+    #[serde(default)]
+    pub link_address: Vec<String>,
+    /// Address of the kubelet API for kubectl logs, exec and attach [default: 0.0.0.0:10250]
+    #[arg(long, env = "SKERRY_KUBELET_LISTEN", value_name = "IP:PORT")]
+    pub kubelet_listen: Option<SocketAddr>,
+    /// PEM file with the CA of the API server's kubelet client certificate; without it the ConfigMap
+    /// kube-system/extension-apiserver-authentication is read
+    #[arg(long, env = "SKERRY_KUBELET_CLIENT_CA", value_name = "FILE")]
+    pub kubelet_client_ca: Option<PathBuf>,
+    /// Address under which the API server reaches this provider, published as InternalIP of every site's Node.
+    /// Needed unless --kubelet-listen names one
+    #[arg(long, env = "SKERRY_NODE_ADDRESS", value_name = "IP")]
+    pub node_address: Option<IpAddr>,
+    /// Address of /healthz, /readyz and /metrics [default: 0.0.0.0:9440]
+    #[arg(long, env = "SKERRY_METRICS_LISTEN", value_name = "IP:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// How often sites send a heartbeat [default: 5 seconds]
+    #[arg(long, env = "SKERRY_HEARTBEAT_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub heartbeat_seconds: Option<u64>,
+    /// Silence after which a site is taken to be away; at least twice the heartbeat [default: 15 seconds]
+    #[arg(long, env = "SKERRY_DEADLINE_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub deadline_seconds: Option<u64>,
+    /// What is logged, for example info,skerry_provider=debug [default: info]
+    #[arg(long, env = "SKERRY_LOG", value_name = "FILTER", global = true)]
+    pub log: Option<String>,
+    /// How log lines look: text or json [default: text]
+    #[arg(long, env = "SKERRY_LOG_FORMAT", value_name = "FORMAT", global = true)]
+    pub log_format: Option<String>,
+}
+
+/// Settings that cannot be used. Exit code 2.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("the configuration file {file} cannot be read: {source}")]
+    Read {
+        /// Which.
+        file: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not understood.
+    #[error("the configuration file {file} is wrong: {reason}")]
+    Parse {
+        /// Which.
+        file: PathBuf,
+        /// Where and why.
+        reason: String,
+    },
+    /// A value is out of range or missing.
+    #[error("{0}")]
+    Value(String),
+}
+
+/// Settings complete with defaults.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// See [`Settings::kubeconfig`].
+    pub kubeconfig: Option<PathBuf>,
+    /// See [`Settings::namespace`].
+    pub namespace: String,
+    /// See [`Settings::trust_domain`].
+    pub trust_domain: TrustDomain,
+    /// See [`Settings::link_listen`].
+    pub link_listen: SocketAddr,
+    /// See [`Settings::link_address`].
+    pub link_address: Vec<String>,
+    /// See [`Settings::kubelet_listen`].
+    pub kubelet_listen: SocketAddr,
+    /// See [`Settings::kubelet_client_ca`].
+    pub kubelet_client_ca: Option<PathBuf>,
+    /// See [`Settings::node_address`]; checked by [`Config::published_address`].
+    pub node_address: Option<IpAddr>,
+    /// See [`Settings::metrics_listen`].
+    pub metrics_listen: SocketAddr,
+    /// See [`Settings::heartbeat_seconds`].
+    pub heartbeat: std::time::Duration,
+    /// See [`Settings::deadline_seconds`].
+    pub deadline: std::time::Duration,
+    /// See [`Settings::log`].
+    pub log: String,
+    /// See [`Settings::log_format`].
+    pub log_format: skerry_telemetry::logging::LogFormat,
+}
+
+impl Settings {
+    /// Fills what flags and environment leave open from the file, then from the defaults.
+    ///
+    /// `file`: the one that the user named; else [`DEFAULT_FILE`] is read if it exists.
+    pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        let named = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let from_file = match std::fs::read_to_string(named) {
+            Ok(text) => toml::from_str(&text).map_err(|e| ConfigError::Parse {
+                file: named.to_owned(),
+                reason: e.to_string(),
+            })?,
+            Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => Self::default(),
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    file: named.to_owned(),
+                    source,
+                });
+            }
+        };
+        self.over(from_file).complete()
+    }
+
+    fn over(self, file: Self) -> Self {
+        Self {
+            kubeconfig: self.kubeconfig.or(file.kubeconfig),
+            namespace: self.namespace.or(file.namespace),
+            trust_domain: self.trust_domain.or(file.trust_domain),
+            link_listen: self.link_listen.or(file.link_listen),
+            link_address: if self.link_address.is_empty() {
+                file.link_address
+            } else {
+                self.link_address
+            },
+            kubelet_listen: self.kubelet_listen.or(file.kubelet_listen),
+            kubelet_client_ca: self.kubelet_client_ca.or(file.kubelet_client_ca),
+            node_address: self.node_address.or(file.node_address),
+            metrics_listen: self.metrics_listen.or(file.metrics_listen),
+            heartbeat_seconds: self.heartbeat_seconds.or(file.heartbeat_seconds),
+            deadline_seconds: self.deadline_seconds.or(file.deadline_seconds),
+            log: self.log.or(file.log),
+            log_format: self.log_format.or(file.log_format),
+        }
+    }
+
+    fn complete(self) -> Result<Config, ConfigError> {
+        let any = |port| SocketAddr::from(([0, 0, 0, 0], port));
+        let heartbeat = self.heartbeat_seconds.unwrap_or(5);
+        let deadline = self.deadline_seconds.unwrap_or(15.max(heartbeat * 3));
+        if heartbeat == 0 || deadline < heartbeat * 2 {
+            return Err(ConfigError::Value(format!(
+                "deadline-seconds ({deadline}) must be at least twice heartbeat-seconds ({heartbeat}), which must not be 0"
+            )));
+        }
+        let domain = self.trust_domain.unwrap_or_else(|| "skerry.local".to_owned());
+        let format = self.log_format.as_deref().unwrap_or("text");
+        Ok(Config {
+            kubeconfig: self.kubeconfig,
+            namespace: self.namespace.unwrap_or_else(|| "skerry-system".to_owned()),
+            trust_domain: domain
+                .parse()
+                .map_err(|e| ConfigError::Value(format!("trust-domain: {e}")))?,
+            link_listen: self.link_listen.unwrap_or(any(10443)),
+            link_address: self.link_address,
+            kubelet_listen: self.kubelet_listen.unwrap_or(any(10250)),
+            kubelet_client_ca: self.kubelet_client_ca,
+            node_address: self.node_address,
+            metrics_listen: self.metrics_listen.unwrap_or(any(9440)),
+            heartbeat: std::time::Duration::from_secs(heartbeat),
+            deadline: std::time::Duration::from_secs(deadline),
+            log: self.log.unwrap_or_else(|| "info".to_owned()),
+            log_format: format
+                .parse()
+                .map_err(|e| ConfigError::Value(format!("log-format: {e}")))?,
+        })
+    }
+}
+
+impl Config {
+    /// The address that every Node publishes.
+    pub fn published_address(&self) -> Result<IpAddr, ConfigError> {
+        let listen = self.kubelet_listen.ip();
+        self.node_address.or((!listen.is_unspecified()).then_some(listen)).ok_or_else(|| {
+            ConfigError::Value(
+                "node-address is needed: the address under which the API server reaches this provider (in a Pod, the \
+                 Pod's IP: set SKERRY_NODE_ADDRESS from status.podIP)"
+                    .to_owned(),
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(text: &str, flags: Settings) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("provider.toml");
+        std::fs::write(&file, text).unwrap();
+        flags.resolve(Some(&file))
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let flags = Settings {
+            namespace: Some("flag".to_owned()),
+            ..Default::default()
+        };
+        let config = resolve("namespace = 'file'\ntrust-domain = 'file.example'\n", flags).unwrap();
+        assert_eq!(config.namespace, "flag");
+        assert_eq!(config.trust_domain.as_str(), "file.example");
+        assert_eq!(config.link_listen.port(), 10443);
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = resolve("namespaze = 'x'\n", Settings::default())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("namespaze") && error.contains("provider.toml"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_named_file_must_exist_and_values_must_make_sense() {
+        assert!(matches!(
+            Settings::default().resolve(Some(Path::new("/nonexistent/x.toml"))),
+            Err(ConfigError::Read { .. })
+        ));
+        assert!(
+            resolve(
+                "heartbeat-seconds = 10\ndeadline-seconds = 12\n",
+                Settings::default()
+            )
+            .is_err()
+        );
+        assert!(resolve("trust-domain = 'Not Valid'\n", Settings::default()).is_err());
+        assert!(
+            resolve("", Settings::default())
+                .unwrap()
+                .published_address()
+                .is_err()
+        );
+    }
+}

@@ -1,0 +1,381 @@
+//! Wires the rooms of the provider together and runs them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use kube::Client;
+use kube::client::ClientBuilder;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use rustls::RootCertStore;
+use skerry_proto::SiteName;
+use skerry_proto::limits::MAX_MESSAGE_BYTES;
+use skerry_proto::link::enrolment_server::EnrolmentServer;
+use skerry_proto::link::link_server::LinkServer;
+use skerry_proto::link::{Kind, Report, report};
+use skerry_telemetry::http::{Endpoints, ListenError};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceBuilder;
+
+use crate::cluster::{self, Mirror};
+use crate::config::{Config, ConfigError};
+use crate::devices;
+use crate::kubelet::{self, KubeReviews, KubeletDeps, KubeletServer, PodDirectory, PodLocation};
+use crate::link::reports::{Outcome, ReportSink, Reports};
+use crate::link::sessions::Sessions;
+use crate::link::tunnels::Tunnels;
+use crate::link::{self, LinkDeps, LinkService, Timing};
+use crate::metrics::Metrics;
+use crate::node::status::KubeletAddress;
+use crate::node::{self, NodeDeps};
+use crate::pki::{Authority, AuthorityError, EnrolmentService, Names};
+use crate::pods;
+
+/// How long sites get to read their goodbye.
+const FAREWELL: Duration = Duration::from_millis(300);
+
+/// How often, and after which pause, a site's devices are told of its coming or going.
+const TELL_TRIES: usize = 30;
+const TELL_AGAIN: Duration = Duration::from_secs(2);
+
+/// Why the provider could not start. Exit code 1, or 2 for a wrong configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A setting is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No access to the cluster.
+    #[error("no access to a Kubernetes cluster: {0}; name a kubeconfig with --kubeconfig")]
+    Cluster(String),
+    /// The CA cannot be used.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// A port is taken.
+    #[error("cannot listen on {address} for {purpose}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What for.
+        purpose: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The metrics port is taken.
+    #[error(transparent)]
+    Metrics(#[from] ListenError),
+    /// The client CA file.
+    #[error("the kubelet client CA cannot be read: {0}")]
+    ClientCa(String),
+}
+
+/// A client of the Kubernetes API; with metrics, it measures every request.
+pub async fn client(kubeconfig: Option<&Path>, metrics: Option<Arc<Metrics>>) -> Result<Client, ServerError> {
+    let wrong = |e: &dyn std::fmt::Display| ServerError::Cluster(e.to_string());
+    let config = match kubeconfig {
+        Some(file) => {
+            let file = Kubeconfig::read_from(file).map_err(|e| wrong(&e))?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+                .await
+                .map_err(|e| wrong(&e))?
+        }
+        None => kube::Config::infer().await.map_err(|e| wrong(&e))?,
+    };
+    let Some(metrics) = metrics else {
+        return Client::try_from(config).map_err(|e| wrong(&e));
+    };
+    let measure = tower::layer::layer_fn(move |service| Measured {
+        service,
+        metrics: Arc::clone(&metrics),
+    });
+    let builder = ClientBuilder::try_from(config).map_err(|e| wrong(&e))?;
+    Ok(builder
+        .with_layer(&ServiceBuilder::new().layer(measure).into_inner())
+        .build())
+}
+
+/// Measures the time from a request to the head of its answer.
+#[derive(Clone)]
+struct Measured<S> {
+    service: S,
+    metrics: Arc<Metrics>,
+}
+
+impl<S, B, R> tower::Service<http::Request<B>> for Measured<S>
+where
+    S: tower::Service<http::Request<B>, Response = http::Response<R>>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), S::Error>> {
+        self.service.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let (method, metrics, began) = (
+            request.method().clone(),
+            Arc::clone(&self.metrics),
+            Instant::now(),
+        );
+        let answer = self.service.call(request);
+        Box::pin(async move {
+            let answer = answer.await;
+            let code = answer.as_ref().map_or(0, |response| response.status().as_u16());
+            metrics.observe_request(&method, code, began.elapsed());
+            answer
+        })
+    }
+}
+
+/// Runs the provider until `stop`.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerError> {
+    let address = KubeletAddress {
+        ip: config.published_address()?,
+        port: config.kubelet_listen.port(),
+    };
+    let metrics = Arc::new(Metrics::new());
+    let client = client(config.kubeconfig.as_deref(), Some(Arc::clone(&metrics))).await?;
+    let authority = Authority::load_or_create(&client, &config.namespace, &config.trust_domain).await?;
+    let mirror = Arc::new(Mirror::new());
+    let sessions = Sessions::new(Timestamp::now());
+    let tunnels = Tunnels::new(Arc::new(sessions.clone()));
+    let (reachability, reachable) = mpsc::unbounded_channel();
+
+    let link_listener = listen(config.link_listen, "sites").await?;
+    let kubelet_listener = listen(config.kubelet_listen, "the kubelet API").await?;
+    let names = names(&config, &address);
+    let link_tls = authority.link_tls(names.clone(), stop.clone())?;
+    let client_ca = client_ca(&config, &client).await?;
+    let kubelet_tls = authority.kubelet_tls(names, client_ca, stop.clone())?;
+    let (metrics_address, metrics_task) = skerry_telemetry::http::serve(
+        config.metrics_listen,
+        endpoints(&mirror, &metrics, &authority),
+        stop.clone(),
+    )
+    .await?;
+    tracing::info!(link = %config.link_listen, kubelet = %config.kubelet_listen, metrics = %metrics_address,
+        trust_domain = %config.trust_domain, "the provider is starting");
+
+    let sink = Sink {
+        client: client.clone(),
+        mirror: Arc::clone(&mirror),
+        address,
+    };
+    let link_deps = Arc::new(LinkDeps {
+        client: client.clone(),
+        mirror: Arc::clone(&mirror),
+        sessions: sessions.clone(),
+        tunnels: tunnels.clone(),
+        authority: authority.clone(),
+        reports: Arc::new(Reports::new(sink)),
+        timing: Timing {
+            heartbeat: config.heartbeat,
+            deadline: config.deadline,
+        },
+    });
+    let node_deps = Arc::new(NodeDeps {
+        client: client.clone(),
+        mirror: Arc::clone(&mirror),
+        sessions: sessions.clone(),
+        deadline: config.deadline,
+        metrics,
+        reachability,
+    });
+    let kubelet_deps = KubeletDeps {
+        pods: Arc::new(Directory(Arc::clone(&mirror))),
+        tunnels,
+        reviews: Arc::new(KubeReviews::new(client.clone())),
+    };
+    let mut rooms = JoinSet::new();
+    rooms.spawn(cluster::run(client.clone(), mirror, stop.clone()));
+    rooms.spawn(node::run(node_deps, stop.clone()));
+    rooms.spawn(devices::run(client.clone(), stop.clone()));
+    rooms.spawn(tell_devices(client.clone(), reachable, stop.clone()));
+    rooms.spawn(KubeletServer::serve(
+        kubelet_listener,
+        kubelet_tls,
+        kubelet_deps,
+        stop.clone(),
+    ));
+    // The link outlives `stop` by the farewell, so that sites read why it ends.
+    let link_stop = CancellationToken::new();
+    let enrolment = EnrolmentService::new(authority.clone(), client, config.namespace);
+    let connections = link::serve(link_listener, link_tls, authority, link_stop.clone());
+    let server = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(config.heartbeat * 2))
+        .http2_keepalive_timeout(Some(config.deadline))
+        .add_service(EnrolmentServer::new(enrolment))
+        .add_service(
+            LinkServer::new(LinkService::new(link_deps))
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .serve_with_incoming_shutdown(connections, link_stop.clone().cancelled_owned());
+    let link = tokio::spawn(server);
+    stop.cancelled().await;
+    sessions.dismiss_all("the provider is stopping");
+    tokio::time::sleep(FAREWELL).await;
+    link_stop.cancel();
+    // Streams of sites that do not read their goodbye must not hold up the end.
+    link.abort();
+    rooms.shutdown().await;
+    metrics_task.abort();
+    tracing::info!("the provider has stopped");
+    Ok(())
+}
+
+async fn listen(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, ServerError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ServerError::Listen {
+            address,
+            purpose,
+            source,
+        })
+}
+
+fn names(config: &Config, address: &KubeletAddress) -> Names {
+    let mut names = Names {
+        dns: vec!["localhost".to_owned()],
+        ips: vec![address.ip],
+    };
+    for given in &config.link_address {
+        // An address may be given with its port, as sites dial it.
+        let host = given.rsplit_once(':').map_or(given.as_str(), |(host, port)| {
+            if port.bytes().all(|c| c.is_ascii_digit()) {
+                host
+            } else {
+                given
+            }
+        });
+        match host.trim_matches(['[', ']']).parse::<IpAddr>() {
+            Ok(ip) => names.ips.push(ip),
+            Err(_) => names.dns.push(host.to_owned()),
+        }
+    }
+    names
+}
+
+async fn client_ca(config: &Config, client: &Client) -> Result<Option<RootCertStore>, ServerError> {
+    let Some(file) = &config.kubelet_client_ca else {
+        return match kubelet::load_client_ca(client).await {
+            Ok(found) => Ok(found),
+            Err(error) => {
+                tracing::warn!(%error, "client certificates are not accepted at the kubelet API; name the CA with --kubelet-client-ca");
+                Ok(None)
+            }
+        };
+    };
+    let wrong = |e: &dyn std::fmt::Display| ServerError::ClientCa(format!("{}: {e}", file.display()));
+    let pem = std::fs::read(file).map_err(|e| wrong(&e))?;
+    let mut roots = RootCertStore::empty();
+    for certificate in rustls_pemfile::certs(&mut pem.as_slice()) {
+        roots
+            .add(certificate.map_err(|e| wrong(&e))?)
+            .map_err(|e| wrong(&e))?;
+    }
+    if roots.is_empty() {
+        return Err(wrong(&"no certificate in it"));
+    }
+    Ok(Some(roots))
+}
+
+fn endpoints(mirror: &Arc<Mirror>, metrics: &Arc<Metrics>, authority: &Authority) -> Endpoints {
+    let (mirror, shown) = (Arc::clone(mirror), Arc::clone(metrics));
+    let ca = authority.not_after();
+    Endpoints {
+        registry: Arc::clone(&metrics.registry),
+        ready: Arc::new(move || {
+            if mirror.is_synced() {
+                Ok(())
+            } else {
+                Err("the cluster has not been read yet".to_owned())
+            }
+        }),
+        refresh: Arc::new(move || {
+            shown.set_certificate("ca", ca.as_second() - Timestamp::now().as_second());
+        }),
+    }
+}
+
+/// Passes on which sites came or went; a failure is tried again with the next change, at the latest.
+async fn tell_devices(
+    client: Client,
+    mut reachable: mpsc::UnboundedReceiver<(SiteName, bool)>,
+    stop: CancellationToken,
+) {
+    loop {
+        let told = tokio::select! {
+            () = stop.cancelled() => return,
+            told = reachable.recv() => told,
+        };
+        let Some((site, online)) = told else { return };
+        for _ in 0..TELL_TRIES {
+            match devices::site_reachable(client.clone(), &site, online).await {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::warn!(%site, online, %error, "the site's devices do not show yet whether it is reachable");
+                    tokio::time::sleep(TELL_AGAIN).await;
+                }
+            }
+        }
+    }
+}
+
+/// Where each kind of report goes.
+struct Sink {
+    client: Client,
+    mirror: Arc<Mirror>,
+    address: KubeletAddress,
+}
+
+#[tonic::async_trait]
+impl ReportSink for Sink {
+    async fn take(&self, site: &SiteName, report: &Report) -> Outcome {
+        match &report.report {
+            Some(report::Report::PodStatus(status)) => {
+                pods::status::apply(&self.client, &self.mirror, site, status).await
+            }
+            Some(report::Report::NodeStatus(status)) => {
+                node::status::apply(&self.client, &self.mirror, &self.address, site, status).await
+            }
+            Some(report::Report::Event(event)) => pods::events::apply(&self.client, site, event).await,
+            Some(report::Report::DeviceStatus(status)) => {
+                match devices::apply_report(self.client.clone(), site, status).await {
+                    devices::Outcome::Accepted => Outcome::Accepted,
+                    devices::Outcome::Dropped(reason) => Outcome::Dropped(reason),
+                    devices::Outcome::Retry(error) => Outcome::Retry(error.to_string()),
+                }
+            }
+            None => Outcome::Dropped("this provider does not know such reports; upgrade it".to_owned()),
+        }
+    }
+}
+
+/// Finds pods for the kubelet API in the mirror.
+struct Directory(Arc<Mirror>);
+
+impl PodDirectory for Directory {
+    fn locate(&self, namespace: &str, pod: &str) -> Option<PodLocation> {
+        let found = self.0.locate(namespace, pod)?;
+        let object = self.0.named(Kind::Pod, namespace, pod)?;
+        let spec = &object.value["spec"];
+        let containers = ["initContainers", "containers", "ephemeralContainers"]
+            .iter()
+            .filter_map(|list| spec[*list].as_array())
+            .flatten()
+            .filter_map(|container| container["name"].as_str().map(str::to_owned));
+        Some(PodLocation {
+            site: found.site,
+            uid: found.uid,
+            containers: containers.collect(),
+        })
+    }
+}
