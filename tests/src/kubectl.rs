@@ -12,11 +12,11 @@ use crate::process::{text, tools};
 #[derive(Clone)]
 pub struct Kubectl {
     kubeconfig: PathBuf,
-    namespace: Option<String>,
+    namespace: String,
 }
 
 impl Kubectl {
-    /// Uses `kubeconfig`, in the namespace that it names or `default`.
+    /// Uses `kubeconfig`, in the namespace `default`.
     pub fn new(kubeconfig: PathBuf) -> Self {
         Self {
             kubeconfig,
