@@ -137,23 +137,18 @@ pub fn run(scenarios: Vec<Scenario>, words: &[String]) -> bool {
         match catch_unwind(Cluster::start) {
             Ok(cluster) => run_all(World::new(cluster), queue, &failures),
             Err(_) => {
-                let message = PANIC.take();
-                failures.lock().unwrap().extend(
-                    queue
-                        .into_iter()
-                        .map(|s| (s.name, "the cluster did not start".into())),
-                );
-                failures
-                    .lock()
-                    .unwrap()
-                    .push(("starting the cluster".into(), message));
+                println!("---- the cluster did not start ----\n{}\n----", PANIC.take());
+                failures.lock().unwrap().extend(queue.into_iter().map(|s| s.name));
             }
         }
     }
 
     let failures = failures.into_inner().unwrap();
-    for (name, message) in &failures {
-        println!("\n---- {name} ----\n{message}");
+    if !failures.is_empty() {
+        println!("\nfailures (each is explained where it happened, above):");
+    }
+    for name in &failures {
+        println!("    {name}");
     }
     println!(
         "\ntest result: {}. {} passed; {} failed; {} ignored; finished in {:.0}s\n",
@@ -167,7 +162,7 @@ pub fn run(scenarios: Vec<Scenario>, words: &[String]) -> bool {
 }
 
 /// Takes the scenarios from the queue with a few threads; at the end of it the world is gone.
-fn run_all(world: World, queue: Vec<Scenario>, failures: &Mutex<Vec<(String, String)>>) {
+fn run_all(world: World, queue: Vec<Scenario>, failures: &Mutex<Vec<String>>) {
     let threads = std::env::var("SKERRY_E2E_THREADS")
         .ok()
         .and_then(|n| n.parse().ok())
@@ -177,8 +172,8 @@ fn run_all(world: World, queue: Vec<Scenario>, failures: &Mutex<Vec<(String, Str
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some((number, scenario)) = next(&queue) {
-                    if let Err(message) = run_one(&world, number, &scenario) {
-                        failures.lock().unwrap().push((scenario.name, message));
+                    if run_one(&world, number, &scenario).is_err() {
+                        failures.lock().unwrap().push(scenario.name);
                     }
                 }
             });

@@ -39,6 +39,9 @@ pub async fn apply(client: &Client, site: &SiteName, report: &EventReport) -> Ou
                 Err(error) => outcome_of(&error),
             }
         }
+        // The namespace is going, or events may not be written at all: as a kubelet does, an event is not held on to,
+        // since the reports behind it (a pod's end, which the namespace waits for) matter more.
+        Err(kube::Error::Api(status)) if status.code == 403 => Outcome::Dropped(status.message.clone()),
         Err(error) => outcome_of(&error),
     }
 }
