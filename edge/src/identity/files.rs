@@ -273,7 +273,8 @@ pub(super) mod tests {
         fs::write(&leftover, "half").unwrap();
         fs::set_permissions(&leftover, fs::Permissions::from_mode(0o644)).unwrap();
         joined(data.path());
-        load(data.path()).unwrap();
+        let key = dir(data.path()).join(SECRETS);
+        assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
