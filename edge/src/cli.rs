@@ -1,10 +1,11 @@
 //! The command line of `skerry-edge`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::config::{DEFAULT_DATA_DIR, Settings};
+use crate::config::Settings;
 
 const EXIT_CODES: &str = "Exit codes:
   0  success
@@ -14,7 +15,8 @@ const EXIT_CODES: &str = "Exit codes:
   4  the store or the identity on disk cannot be used
 
 Every flag of run can also be given as an environment variable (shown with it) or as a key of the
-configuration file (the flag's name without the dashes). Flags win over variables over the file.";
+configuration file (the flag's name without the dashes). Flags win over variables over the file.
+join and status read data-dir, provider and metrics-listen from there too.";
 
 /// Runs a site's pods and devices, with or without the cloud.
 #[derive(Parser, Debug)]
@@ -35,24 +37,27 @@ pub enum Command {
     Run(Box<Settings>),
     /// Enrol this machine as a site, with a token from: skerry-provider token create SITE
     Join {
-        /// The provider, HOST:PORT
+        /// The provider, HOST:PORT; needed unless the configuration file names it
         #[arg(long, env = "SKERRY_PROVIDER", value_name = "HOST:PORT")]
-        provider: String,
+        provider: Option<String>,
         /// The token, a single line; - reads it from standard input
         #[arg(long, env = "SKERRY_TOKEN", value_name = "TOKEN", hide_env_values = true)]
         token: String,
-        /// Directory in which the identity is kept
-        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
-        data_dir: PathBuf,
+        /// Directory in which the identity is kept [default: /var/lib/skerry]
+        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR")]
+        data_dir: Option<PathBuf>,
         /// Replace the identity that this machine has
         #[arg(long)]
         force: bool,
     },
-    /// Show this machine's identity and how long its certificate is valid
+    /// Show this machine's identity, how long its certificate is valid, and whether the daemon is ready
     Status {
-        /// Directory in which the identity is kept
-        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
-        data_dir: PathBuf,
+        /// Directory in which the identity is kept [default: /var/lib/skerry]
+        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR")]
+        data_dir: Option<PathBuf>,
+        /// Address at which the daemon answers /readyz [default: 127.0.0.1:9441]
+        #[arg(long, env = "SKERRY_METRICS_LISTEN", value_name = "IP:PORT")]
+        metrics_listen: Option<SocketAddr>,
     },
     /// Print a completion script for a shell
     Completion {

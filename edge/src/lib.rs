@@ -14,6 +14,7 @@ pub mod link;
 pub mod metrics;
 pub mod node;
 pub mod pods;
+pub mod readiness;
 pub mod runtime;
 pub mod store;
 pub mod streams;

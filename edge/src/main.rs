@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use skerry_edge::cli::{Cli, Command, completion};
-use skerry_edge::config::ConfigError;
+use skerry_edge::config::{ConfigError, Settings};
 use skerry_edge::daemon::{self, DaemonError};
 use skerry_edge::identity::{Identity, IdentityError, JoinError, JoinOptions, join};
+use skerry_edge::readiness;
 use skerry_telemetry::shutdown;
 
 /// Threads of the daemon: enough to keep a slow disk from holding up heartbeats, few enough to stay small.
@@ -90,19 +91,37 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
             data_dir,
             force,
         } => {
+            let settings = Settings {
+                provider,
+                data_dir,
+                ..Settings::default()
+            };
+            let config = settings.resolve(cli.config.as_deref())?;
+            let provider = config.provider.ok_or_else(|| {
+                ConfigError::Value("the provider is needed: give --provider HOST:PORT".to_owned())
+            })?;
             let token = if token == "-" { token_from_stdin()? } else { token };
             let site = join(&JoinOptions {
                 provider,
                 token,
-                data_dir,
+                data_dir: config.data_dir,
                 force,
             })
             .await?;
             println!("This machine is now site {site}. Start it with: skerry-edge run");
             Ok(())
         }
-        Command::Status { data_dir } => {
-            let identity = Identity::load(&data_dir)?;
+        Command::Status {
+            data_dir,
+            metrics_listen,
+        } => {
+            let settings = Settings {
+                data_dir,
+                metrics_listen,
+                ..Settings::default()
+            };
+            let config = settings.resolve(cli.config.as_deref())?;
+            let identity = Identity::load(&config.data_dir)?;
             println!("site         {}", identity.site);
             println!("identity     {}", identity.spiffe_id());
             println!("provider     {}", identity.provider);
@@ -110,6 +129,7 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
                 "certificate  valid from {} to {}",
                 identity.not_before, identity.not_after
             );
+            println!("daemon       {}", readiness::ask(config.metrics_listen).await);
             Ok(())
         }
         Command::Completion { shell } => {

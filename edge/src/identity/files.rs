@@ -18,6 +18,9 @@ use super::{Identity, IdentityError};
 const FACTS: &str = "identity.json";
 const SECRETS: &str = "identity.pem";
 const ROOTS: &str = "roots.pem";
+/// Written and removed before joining.
+const PROBE: &str = "probe";
+const PROBE_BYTES: usize = 16 * 1024;
 
 /// What is not in the certificates.
 #[derive(Serialize, Deserialize)]
@@ -60,6 +63,7 @@ pub(super) fn load(data_dir: &Path) -> Result<Identity, IdentityError> {
     let facts: Facts = serde_json::from_slice(&facts).map_err(|e| damaged(&facts_file, e))?;
     let secrets_file = dir.join(SECRETS);
     let pem = read(&secrets_file)?;
+    closed(&secrets_file)?;
     let chain = certificates(&secrets_file, &pem)?;
     let key = rustls_pemfile::private_key(&mut pem.as_slice())
         .map_err(|e| damaged(&secrets_file, e))?
@@ -88,8 +92,8 @@ pub(super) fn load(data_dir: &Path) -> Result<Identity, IdentityError> {
     Ok(identity)
 }
 
-/// Writes everything, each file atomically; the facts last, since they say that the site has joined.
-pub(super) fn save(data_dir: &Path, material: &Material<'_>) -> Result<(), IdentityError> {
+/// Makes the directory and proves that files can be written there, so that a token is not spent in vain.
+pub(super) fn prepare(data_dir: &Path) -> Result<PathBuf, IdentityError> {
     let dir = dir(data_dir);
     let io = |source| IdentityError::Io {
         file: dir.clone(),
@@ -97,6 +101,16 @@ pub(super) fn save(data_dir: &Path, material: &Material<'_>) -> Result<(), Ident
     };
     fs::create_dir_all(&dir).map_err(io)?;
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).map_err(io)?;
+    let probe = dir.join(PROBE);
+    // As large as all that will be written: a full disk shows itself now.
+    write(&probe, &[0; PROBE_BYTES])?;
+    fs::remove_file(&probe).map_err(io)?;
+    Ok(dir)
+}
+
+/// Writes everything, each file atomically; the facts last, since they say that the site has joined.
+pub(super) fn save(data_dir: &Path, material: &Material<'_>) -> Result<(), IdentityError> {
+    let dir = prepare(data_dir)?;
     let secrets = format!("{}{}", material.key_pem, pem_of(material.chain));
     write(&dir.join(ROOTS), pem_of(material.roots).as_bytes())?;
     write(&dir.join(SECRETS), secrets.as_bytes())?;
@@ -115,10 +129,14 @@ fn write(file: &Path, content: &[u8]) -> Result<(), IdentityError> {
         source,
     };
     let next = file.with_extension("new");
+    // A file left by an interrupted attempt would keep its own permissions.
+    match fs::remove_file(&next) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
+        _ => {}
+    }
     let mut out = fs::OpenOptions::new()
         .write(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .mode(0o600)
         .open(&next)
         .map_err(io)?;
@@ -127,6 +145,22 @@ fn write(file: &Path, content: &[u8]) -> Result<(), IdentityError> {
     // The rename is on disk only when its directory is.
     let parent = file.parent().unwrap_or(Path::new("."));
     fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(io)
+}
+
+/// The private key's file must be its owner's alone.
+fn closed(file: &Path) -> Result<(), IdentityError> {
+    let metadata = fs::metadata(file).map_err(|source| IdentityError::Io {
+        file: file.to_owned(),
+        source,
+    })?;
+    let mode = metadata.permissions().mode() & 0o777;
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    Err(IdentityError::Exposed {
+        file: file.to_owned(),
+        mode,
+    })
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, IdentityError> {
@@ -212,6 +246,46 @@ pub(super) mod tests {
         let mode = |path: PathBuf| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(dir(data.path())), 0o700);
         assert_eq!(mode(dir(data.path()).join(SECRETS)), 0o600);
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_refused_with_the_remedy() {
+        let data = tempfile::tempdir().unwrap();
+        joined(data.path());
+        let file = dir(data.path()).join(SECRETS);
+        for mode in [0o640, 0o604, 0o644] {
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+            let error = load(data.path()).unwrap_err();
+            assert!(matches!(error, IdentityError::Exposed { .. }), "{error}");
+            let text = error.to_string();
+            assert!(
+                text.contains("chmod 600") && text.contains(&format!("{mode:o}")),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_leftover_file_does_not_lend_its_permissions_to_the_key() {
+        let data = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir(data.path())).unwrap();
+        let leftover = dir(data.path()).join(SECRETS).with_extension("new");
+        fs::write(&leftover, "half").unwrap();
+        fs::set_permissions(&leftover, fs::Permissions::from_mode(0o644)).unwrap();
+        joined(data.path());
+        let key = dir(data.path()).join(SECRETS);
+        assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn preparing_leaves_nothing_behind_and_names_a_directory_that_cannot_be_made() {
+        let data = tempfile::tempdir().unwrap();
+        let made = prepare(data.path()).unwrap();
+        assert_eq!(fs::read_dir(made).unwrap().count(), 0);
+        let file = data.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = prepare(&file).unwrap_err().to_string();
+        assert!(error.contains(file.to_str().unwrap()), "{error}");
     }
 
     #[test]

@@ -62,14 +62,10 @@ pub enum JoinError {
 pub async fn join(options: &JoinOptions) -> Result<SiteName, JoinError> {
     let token: JoinToken = options.token.parse()?;
     let provider = dial::address(&options.provider).map_err(JoinError::Address)?;
-    if !options.force
-        && let Ok(existing) = Identity::load(&options.data_dir)
-    {
-        return Err(JoinError::Joined {
-            site: existing.site,
-            dir: files::dir(&options.data_dir),
-        });
+    if !options.force {
+        vacant(&options.data_dir)?;
     }
+    files::prepare(&options.data_dir)?;
     let (key, csr_der) = new_key().map_err(JoinError::Answer)?;
     let config = tls::joining(&token.pin).map_err(|e| JoinError::Answer(e.to_string()))?;
     let channel = dial::connect(&provider, Arc::new(config))
@@ -97,6 +93,19 @@ pub async fn join(options: &JoinOptions) -> Result<SiteName, JoinError> {
     check(&answer, &token.site).map_err(JoinError::Answer)?;
     save(&options.data_dir, &token.site, &provider, &key, &answer)?;
     Ok(token.site)
+}
+
+/// Only an identity that is absent or damaged beyond use is replaced without being asked.
+fn vacant(data_dir: &Path) -> Result<(), JoinError> {
+    match Identity::load(data_dir) {
+        Ok(existing) => Err(JoinError::Joined {
+            site: existing.site,
+            dir: files::dir(data_dir),
+        }),
+        Err(IdentityError::NotJoined(_) | IdentityError::Damaged { .. }) => Ok(()),
+        Err(IdentityError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(unusable) => Err(unusable.into()),
+    }
 }
 
 /// A fresh key and a certificate request for it.
@@ -140,4 +149,51 @@ pub(super) fn save(
         roots: &list(&answer.roots_der),
     };
     files::save(data_dir, &material)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn an_identity_is_replaced_unasked_only_when_it_is_absent_or_damaged() {
+        let data = tempfile::tempdir().unwrap();
+        assert!(vacant(data.path()).is_ok());
+        files::tests::joined(data.path());
+        assert!(matches!(vacant(data.path()), Err(JoinError::Joined { .. })));
+        let key = files::dir(data.path()).join("identity.pem");
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(
+            vacant(data.path()),
+            Err(JoinError::Files(IdentityError::Exposed { .. }))
+        ));
+        std::fs::remove_file(&key).unwrap();
+        assert!(vacant(data.path()).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_cannot_be_written_is_told_before_the_provider_is_asked() {
+        let data = tempfile::tempdir().unwrap();
+        let file = data.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let token = JoinToken {
+            site: "harbour".parse().unwrap(),
+            id: "a".repeat(12),
+            secret: "b".repeat(32),
+            pin: "c".repeat(64),
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let options = JoinOptions {
+            provider: listener.local_addr().unwrap().to_string(),
+            token: token.to_string(),
+            data_dir: file,
+            force: true,
+        };
+        assert!(matches!(join(&options).await, Err(JoinError::Files(_))));
+        // Nobody has dialled.
+        let dialled = futures::FutureExt::now_or_never(listener.accept());
+        assert!(dialled.is_none());
+    }
 }

@@ -42,6 +42,16 @@ pub enum IdentityError {
         /// Why.
         reason: String,
     },
+    /// Others can read the private key.
+    #[error(
+        "{file} holds the private key and is open to other users (mode {mode:03o}); if nobody can have copied it: chmod 600 {file}, else join again with a new token and --force"
+    )]
+    Exposed {
+        /// Which.
+        file: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
     /// The file system refuses.
     #[error("{file}: {source}")]
     Io {

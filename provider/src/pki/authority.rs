@@ -12,11 +12,12 @@ use kube::Client;
 use kube::api::{Api, PostParams};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
+use sha2::{Digest, Sha256};
 use skerry_proto::token::{hex, public_key_pin};
 use skerry_proto::{InvalidSpiffeId, SiteName, SpiffeId, TrustDomain};
 use tokio::sync::watch;
@@ -174,9 +175,15 @@ impl Authority {
             .next()
             .and_then(Result::ok)
             .ok_or_else(|| AuthorityError::Tls("tls.crt holds no certificate".to_owned()))?;
-        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
         let pin = public_key_pin(&certificate)
             .ok_or_else(|| AuthorityError::Tls("tls.crt cannot be read".to_owned()))?;
+        // rcgen does not compare them, and whatever such a pair signs is trusted by nobody.
+        if hex(&Sha256::digest(key.subject_public_key_info())) != pin {
+            return Err(AuthorityError::Tls(
+                "tls.key is not the key of tls.crt".to_owned(),
+            ));
+        }
+        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 domain: domain.clone(),
@@ -440,6 +447,10 @@ fn tls(error: impl std::fmt::Display) -> AuthorityError {
 }
 
 #[cfg(test)]
+#[path = "authority_tls_tests.rs"]
+mod tls_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -465,7 +476,7 @@ mod tests {
         assert_eq!(id.to_string(), "spiffe://skerry.local/site/harbour");
         assert_eq!(
             authority
-                .peer_site(&[issued.certificate.clone()])
+                .peer_site(std::slice::from_ref(&issued.certificate))
                 .unwrap()
                 .unwrap()
                 .as_str(),
@@ -497,11 +508,20 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_of_another_trust_domain_or_with_missing_keys_is_refused() {
+    fn a_secret_of_another_trust_domain_or_whose_parts_do_not_fit_is_refused() {
         let secret = new_secret("ns", &domain(), &generate(&domain()).unwrap());
         assert!(Authority::from_secret(&secret, "ns", &domain()).is_ok());
         let other = Authority::from_secret(&secret, "ns", &"other.example".parse().unwrap());
         assert!(matches!(other, Err(AuthorityError::TrustDomain { .. })));
+        let mut mixed = secret.clone();
+        let other = new_secret("ns", &domain(), &generate(&domain()).unwrap());
+        let key = other.data.unwrap()["tls.key"].clone();
+        mixed.data.as_mut().unwrap().insert("tls.key".to_owned(), key);
+        let error = Authority::from_secret(&mixed, "ns", &domain()).err().unwrap();
+        assert!(
+            error.to_string().contains("tls.key is not the key of tls.crt"),
+            "{error}"
+        );
         let mut broken = secret;
         broken.data.as_mut().unwrap().remove("tls.key");
         assert!(matches!(

@@ -9,6 +9,7 @@ use serde_json::json;
 use skerry_proto::SiteName;
 use skerry_proto::link::{JoinRequest, JoinResponse, RenewRequest, enrolment_server};
 use skerry_proto::token::JoinToken;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use super::tokens::{self, TokenError};
@@ -20,6 +21,8 @@ const MAX_CSR_BYTES: usize = 16 * 1024;
 /// Refused joins that may follow each other at once, and how often one more is allowed after that.
 const REFUSALS: u32 = 20;
 const REFUSAL_EVERY: Duration = Duration::from_secs(1);
+/// Joins that are looked at together; more wait. Bounds how far a flood gets before its first refusal counts.
+const AT_ONCE: usize = 16;
 
 /// The one service that is open to clients without a certificate.
 pub struct EnrolmentService {
@@ -27,6 +30,7 @@ pub struct EnrolmentService {
     client: Client,
     namespace: String,
     refusals: Mutex<Refusals>,
+    places: Semaphore,
 }
 
 /// A token bucket: guessing tokens is hopeless anyway, and must not cost the API server much.
@@ -35,18 +39,43 @@ struct Refusals {
     refilled: Instant,
 }
 
+impl Refusals {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: REFUSALS,
+            refilled: now,
+        }
+    }
+
+    /// Whether another join may be looked at.
+    fn allow(&mut self, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.refilled);
+        let earned = u32::try_from(since.as_secs() / REFUSAL_EVERY.as_secs()).unwrap_or(u32::MAX);
+        if earned >= REFUSALS {
+            *self = Self::new(now);
+        } else {
+            self.left = self.left.saturating_add(earned).min(REFUSALS);
+            // The rest of a second counts towards the next one.
+            self.refilled += REFUSAL_EVERY * earned;
+        }
+        self.left > 0
+    }
+
+    fn count(&mut self) {
+        self.left = self.left.saturating_sub(1);
+    }
+}
+
 impl EnrolmentService {
     /// Enrols sites with tokens from that namespace.
     pub fn new(authority: Authority, client: Client, namespace: String) -> Self {
-        let refusals = Mutex::new(Refusals {
-            left: REFUSALS,
-            refilled: Instant::now(),
-        });
+        let refusals = Mutex::new(Refusals::new(Instant::now()));
         Self {
             authority,
             client,
             namespace,
             refusals,
+            places: Semaphore::new(AT_ONCE),
         }
     }
 
@@ -91,15 +120,7 @@ impl EnrolmentService {
 
     fn throttle(&self) -> Result<(), Status> {
         let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        let earned = refusals.refilled.elapsed().as_secs() / REFUSAL_EVERY.as_secs();
-        if earned > 0 {
-            refusals.left = refusals
-                .left
-                .saturating_add(u32::try_from(earned).unwrap_or(REFUSALS))
-                .min(REFUSALS);
-            refusals.refilled = Instant::now();
-        }
-        if refusals.left == 0 {
+        if !refusals.allow(Instant::now()) {
             return Err(Status::resource_exhausted(
                 "too many refused joins; wait a few seconds and try again",
             ));
@@ -108,14 +129,21 @@ impl EnrolmentService {
     }
 
     fn count_refusal(&self) {
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        refusals.left = refusals.left.saturating_sub(1);
+        self.refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .count();
     }
 }
 
 #[tonic::async_trait]
 impl enrolment_server::Enrolment for EnrolmentService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        let _place = self
+            .places
+            .acquire()
+            .await
+            .map_err(|_| Status::unavailable("the provider is shutting down"))?;
         self.throttle()?;
         let answer = self.enrol(request.get_ref()).await;
         if let Err(status) = &answer {
@@ -161,4 +189,39 @@ fn answer(authority: &Authority, issued: &Issued) -> JoinResponse {
 
 fn unavailable(error: &kube::Error) -> Status {
     Status::unavailable(format!("the provider cannot reach the Kubernetes API: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_row_of_refusals_joins_are_let_in_one_a_second() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut refusals = Refusals::new(start);
+        for _ in 0..REFUSALS {
+            assert!(refusals.allow(start));
+            refusals.count();
+        }
+        assert!(!refusals.allow(at(600)));
+        // Asking meanwhile does not put off the next place.
+        assert!(!refusals.allow(at(999)));
+        assert!(refusals.allow(at(1_000)));
+        refusals.count();
+        assert!(!refusals.allow(at(1_900)));
+        assert!(refusals.allow(at(2_000)));
+    }
+
+    #[test]
+    fn a_long_calm_earns_no_more_than_the_first_row() {
+        let start = Instant::now();
+        let mut refusals = Refusals::new(start);
+        let later = start + Duration::from_secs(86_400);
+        for _ in 0..REFUSALS {
+            assert!(refusals.allow(later));
+            refusals.count();
+        }
+        assert!(!refusals.allow(later));
+    }
 }

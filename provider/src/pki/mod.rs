@@ -6,7 +6,7 @@
 //! * The CA's key lives in the Secret [`CA_SECRET`] and in this process, nowhere else; a site's key never leaves the
 //!   site.
 //! * A certificate names exactly one site, the one whose token or certificate was presented.
-//! * A token works once: it is deleted before the certificate is issued.
+//! * A token works once: it is deleted before the certificate leaves the provider.
 
 mod authority;
 mod enrolment;
