@@ -183,7 +183,12 @@ impl link_server::Link for LinkService {
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
         let (site, _) = certified(&request)?;
-        if self.deps.mirror.is_synced() && self.deps.mirror.named(Kind::Site, "", site.as_str()).is_none() {
+        if !self.deps.mirror.is_synced() {
+            return Err(Status::unavailable(
+                "the provider is still reading the cluster; try again",
+            ));
+        }
+        if self.deps.mirror.named(Kind::Site, "", site.as_str()).is_none() {
             return Err(Status::failed_precondition(format!(
                 "there is no Site {site:?} in the cluster"
             )));

@@ -210,13 +210,16 @@ impl Orders for Sessions {
         let message = CloudControl {
             message: Some(cloud_control::Message::OpenTunnel(order)),
         };
-        match entries.get(site).map(|entry| entry.orders.try_send(Ok(message))) {
-            Some(Ok(())) => Ok(()),
-            _ => Err(SiteAway {
-                site: site.clone(),
-                since: self.away_since(site),
-            }),
+        let sent = entries
+            .get(site)
+            .is_some_and(|entry| entry.orders.try_send(Ok(message)).is_ok());
+        if sent {
+            return Ok(());
         }
+        Err(SiteAway {
+            site: site.clone(),
+            since: self.away_since(site),
+        })
     }
 }
 
