@@ -206,12 +206,14 @@ fn run_one(world: &World, number: usize, scenario: &Scenario) -> Result<(), Stri
         })
     }));
     let result = result.unwrap_or_else(|_| Err(PANIC.take()));
-    let word = if result.is_ok() { "ok" } else { "FAILED" };
-    println!(
-        "test {} ... {word} ({:.1}s)",
-        scenario.name,
-        begin.elapsed().as_secs_f32()
-    );
+    let took = begin.elapsed().as_secs_f32();
+    match &result {
+        Ok(()) => println!("test {} ... ok ({took:.1}s)", scenario.name),
+        Err(message) => println!(
+            "test {} ... FAILED ({took:.1}s)\n----\n{message}\n----",
+            scenario.name
+        ),
+    }
     result
 }
 

@@ -450,7 +450,7 @@ fn ungraceful_deletion(t: &Test<'_>) {
 
 fn missing_config_map(t: &Test<'_>) {
     let spec = json!({
-        "containers": [{"command": ["sh", "-c", "cat /c/colour; sleep 1000"], "volumeMounts": [{"name": "c", "mountPath": "/c"}]}],
+        "containers": [{"command": ["sh", "-c", "echo $(cat /c/colour); sleep 1000"], "volumeMounts": [{"name": "c", "mountPath": "/c"}]}],
         "volumes": [{"name": "c", "configMap": {"name": "late"}}],
     });
     t.kubectl.apply(&t.site().pod("pod", spec));
@@ -463,7 +463,7 @@ fn missing_config_map(t: &Test<'_>) {
     t.kubectl
         .run(&["create", "configmap", "late", "--from-literal=colour=red"]);
     ready(&t.kubectl, "pod");
-    assert_eq!(t.kubectl.run(&["logs", "pod"]), "red");
+    eventually(SOON, "the log has the value", || same(t.kubectl.attempt(&["logs", "pod"])?.as_str(), "red\n"));
 }
 
 fn missing_secret_in_environment(t: &Test<'_>) {
