@@ -32,10 +32,7 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
             no_endpoint,
         ),
         Scenario::once("a Device with an unknown protocol says so", unknown_protocol),
-        Scenario::once(
-            "a Device with a bad type says which field it is",
-            bad_type,
-        ),
+        Scenario::once("a Device with a bad type says which field it is", bad_type),
         Scenario::once("a deleted Device is no longer read", deleted),
     ]
     .into_iter()
@@ -191,7 +188,7 @@ fn restart_without_line(t: &Test<'_>) {
     site.start_edge();
     std::thread::sleep(Duration::from_secs(4));
     site.line().set(Line::Up);
-    shows(&t.kubectl, "temp=17 °C");
+    shows(&t.kubectl, "temp=17.0 °C");
 }
 
 fn no_endpoint(t: &Test<'_>) {

@@ -463,7 +463,9 @@ fn missing_config_map(t: &Test<'_>) {
     t.kubectl
         .run(&["create", "configmap", "late", "--from-literal=colour=red"]);
     ready(&t.kubectl, "pod");
-    eventually(SOON, "the log has the value", || same(t.kubectl.attempt(&["logs", "pod"])?.as_str(), "red\n"));
+    eventually(SOON, "the log has the value", || {
+        same(t.kubectl.attempt(&["logs", "pod"])?.as_str(), "red\n")
+    });
 }
 
 fn missing_secret_in_environment(t: &Test<'_>) {
@@ -517,7 +519,20 @@ fn missing_image(t: &Test<'_>) {
         "{status}"
     );
     waiting(&t.kubectl, "pod", &["ImagePullBackOff"]);
-    assert!(event(&t.kubectl, "pod", "Failed").contains(image));
+    let events = t
+        .kubectl
+        .list(
+            "events",
+            &["--field-selector", "involvedObject.name=pod,reason=Failed"],
+        )
+        .unwrap();
+    let messages: Vec<_> = events.iter().filter_map(|e| e["message"].as_str()).collect();
+    assert!(
+        messages
+            .iter()
+            .any(|m| m.starts_with("Failed to pull image") && m.contains(image)),
+        "{messages:?}"
+    );
     assert_eq!(t.kubectl.get("pod", "pod").unwrap()["status"]["phase"], "Pending");
 }
 

@@ -1,6 +1,7 @@
 //! A damaged or full disk under the edge daemon's store.
 
 use std::fs::OpenOptions;
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -100,12 +101,10 @@ fn full(t: &Test<'_>) {
     let _ = Command::new("dd")
         .args(["if=/dev/zero", "bs=64k", &format!("of={}", ballast.display())])
         .output();
-    t.kubectl.run(&[
-        "create",
-        "configmap",
-        "large",
-        &format!("--from-literal=x={}", "y".repeat(900_000)),
-    ]);
+    // Not applied: that would keep a second copy in an annotation.
+    let large = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "large"}, "data": {"x": random_text(900_000)}});
+    let out = t.kubectl.output_with(&["create", "-f", "-"], &large.to_string());
+    assert!(out.status.success(), "{}", text(&out));
     let reader = json!({
         "containers": [{"command": ["sh", "-c", "wc -c < /c/x; sleep 1000"], "volumeMounts": [{"name": "c", "mountPath": "/c"}]}],
         "volumes": [{"name": "c", "configMap": {"name": "large"}}],
@@ -128,4 +127,17 @@ fn full(t: &Test<'_>) {
             before.clone(),
         )
     });
+}
+
+/// Text that does not compress.
+fn random_text(length: usize) -> String {
+    let mut bytes = vec![0; length];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut f| f.read_exact(&mut bytes))
+        .unwrap();
+    bytes
+        .iter()
+        .map(|b| char::from(b'!' + b % 64))
+        .map(|c| if c == '"' || c == '\\' { '_' } else { c })
+        .collect()
 }
