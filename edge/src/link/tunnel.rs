@@ -45,22 +45,20 @@ pub(super) async fn serve(
     };
     let (sender, incoming) = mpsc::channel::<Bytes>(QUEUE);
     let feed = async {
+        let mut sender = Some(sender);
         while let Ok(Some(frame)) = inbound.message().await {
-            if let Some(tunnel_frame::Frame::Data(data)) = frame.frame
-                && sender.send(data).await.is_err()
+            if let (Some(tunnel_frame::Frame::Data(data)), Some(open)) = (frame.frame, &sender)
+                && open.send(data).await.is_err()
             {
-                break;
+                // The target takes no more; what the client still sends is read and forgotten.
+                sender = None;
             }
         }
         // End of the client's direction: the target sees its input end.
-        drop(sender);
     };
-    let work = streams.run(target, incoming, out);
-    tokio::pin!(feed, work);
-    tokio::select! {
-        () = &mut work => {}
-        () = &mut feed => work.await,
-    }
+    // The target's end is not the tunnel's: dropping the stream would cancel it, and with it the frames that are still
+    // on their way. The provider ends it once it has passed them on, or when its user has gone.
+    tokio::join!(feed, streams.run(target, incoming, out));
 }
 
 async fn fail(to_control: &mpsc::Sender<EdgeControl>, id: String, message: &str) {
