@@ -32,10 +32,7 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
             no_endpoint,
         ),
         Scenario::once("a Device with an unknown protocol says so", unknown_protocol),
-        Scenario::once(
-            "a Device with a bad type says which field it is",
-            bad_type,
-        ),
+        Scenario::once("a Device with a bad type says which field it is", bad_type),
         Scenario::once("a deleted Device is no longer read", deleted),
     ]
     .into_iter()

@@ -463,7 +463,9 @@ fn missing_config_map(t: &Test<'_>) {
     t.kubectl
         .run(&["create", "configmap", "late", "--from-literal=colour=red"]);
     ready(&t.kubectl, "pod");
-    eventually(SOON, "the log has the value", || same(t.kubectl.attempt(&["logs", "pod"])?.as_str(), "red\n"));
+    eventually(SOON, "the log has the value", || {
+        same(t.kubectl.attempt(&["logs", "pod"])?.as_str(), "red\n")
+    });
 }
 
 fn missing_secret_in_environment(t: &Test<'_>) {
