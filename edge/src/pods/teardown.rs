@@ -19,7 +19,8 @@ impl Worker {
     /// A pod with a deletionTimestamp: stop, release, report it finished. The provider deletes the object then.
     pub(super) async fn delete(&mut self, pod: &Pod) -> Result<(), SyncError> {
         if self.record.finished {
-            return Ok(());
+            // Says so once more after a reconnection: the final delete must not hang on one lost report.
+            return self.publish(pod, true).await;
         }
         self.look(pod).await?;
         if self.record.name.is_empty() {

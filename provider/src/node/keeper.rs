@@ -132,7 +132,11 @@ impl Keeper {
             }
         }
         for pod in self.deps.mirror.pods_of(&self.site) {
-            tolerations::protect(&self.deps.client, &pod).await?;
+            // One pod that refuses must not leave the others unprotected.
+            if let Err(error) = tolerations::protect(&self.deps.client, &pod).await {
+                tracing::warn!(site = %self.site, namespace = %pod.namespace, pod = %pod.name, %error,
+                    "a pod could not be protected from eviction; it is tried again");
+            }
         }
         let Some(node) = node else { return Ok(()) };
         if state.online && renew {

@@ -247,7 +247,7 @@ fn other_certificate(t: &Test<'_>) {
     let site = declared(t);
     let out = site.join(&t.cluster.token(site.name(), &[]));
     assert!(out.status.success(), "{}", text(&out));
-    let identity = site.data_dir().join("identity/identity.json");
+    let identity = site.data_dir().join("identity").join("identity.json");
     let honest = std::fs::read_to_string(&identity).unwrap();
     let forged = honest.replace(site.name(), t.site().name());
     assert_ne!(forged, honest);
