@@ -30,6 +30,8 @@ pub(super) struct ChildReport {
 pub(super) fn isolate(dir: &Path, launch: &Launch, report: &mut ChildReport) -> Result<(), String> {
     if launch.oom_score_adj != 0
         && let Err(error) = fs::write("/proc/self/oom_score_adj", launch.oom_score_adj.to_string())
+        // Where the machine does not let anyone lower it, the inherited value stays, as with the container engines.
+        && !(launch.oom_score_adj < 0 && error.kind() == std::io::ErrorKind::PermissionDenied)
     {
         report.notes.push(format!(
             "cannot set oom_score_adj to {}: {error}",

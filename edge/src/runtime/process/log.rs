@@ -46,12 +46,13 @@ impl LineLog {
         Ok(())
     }
 
-    /// Writes the rest of a stream that ended without a line feed.
+    /// Writes the rest of a stream that ended without a line feed: as a part, like containerd, so that a reader prints
+    /// no line feed that the process never wrote.
     pub(super) fn finish(&mut self, now: Timestamp, out: &mut impl Write) -> io::Result<()> {
         if self.buffer.is_empty() {
             Ok(())
         } else {
-            self.emit(now, 'F', out)
+            self.emit(now, 'P', out)
         }
     }
 
@@ -96,7 +97,7 @@ mod tests {
         assert_eq!(lines.len(), 3);
         assert!(lines[0].contains(" stdout P x"));
         assert!(lines[1].ends_with(" stdout F xxx"));
-        assert!(lines[2].ends_with(" stdout F end"));
+        assert!(lines[2].ends_with(" stdout P end"));
     }
 
     #[test]
