@@ -26,13 +26,14 @@
 //! provider has settled its number; one that was replaced meanwhile has another number, so a late settlement of the
 //! old cannot delete the new.
 //!
-//! **Recovery.** redb recovers by itself after a crash. A file that it cannot read is never overwritten:
-//! [`Store::open`] fails and says what to do. `meta.schema` is checked before anything else; a newer schema is
+//! **Recovery.** redb recovers by itself after a crash; after an I/O error, such as a full disk, [`file`] opens it
+//! again. A file that it cannot read is never overwritten: [`Store::open`] fails and says what to do. `meta.schema` is checked before anything else; a newer schema is
 //! refused, older ones are migrated step by step in [`schema`].
 //!
 //! **Invariants** (tested against a simple model in `tests.rs`): `names` points only to stored objects; every
 //! `outbox_keys` entry points to a stored report that carries that key; numbers ascend.
 
+mod file;
 mod outbox;
 mod schema;
 #[cfg(test)]
@@ -43,12 +44,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prost::Message;
-use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{ReadableTable, ReadableTableMetadata, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use skerry_proto::link::{self, Kind, Upsert, change};
 use skerry_proto::object::{ContentHash, ObjectKey, PackError, Uid, unpack};
 use tokio::sync::{broadcast, watch};
+
+use file::File;
 
 pub use outbox::{MAX_EVENTS, NewReport};
 
@@ -112,6 +115,9 @@ pub enum StoreError {
     /// redb or the disk.
     #[error("the store failed: {0}")]
     Database(#[from] redb::Error),
+    /// It failed before and could not be opened again.
+    #[error(transparent)]
+    Reopen(Box<OpenError>),
     /// A stored value cannot be read.
     #[error("a stored {what} cannot be read: {reason}")]
     Value {
@@ -208,8 +214,7 @@ pub struct Store {
 }
 
 struct Inner {
-    database: Database,
-    path: PathBuf,
+    file: File,
     id: String,
     changes: broadcast::Sender<ObjectChanged>,
     outbox_moved: watch::Sender<u64>,
@@ -221,12 +226,10 @@ impl Store {
     ///
     /// Blocking. Never overwrites a file that it cannot read.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
-        let path = dir.join("store.redb");
-        let (database, id) = schema::open(&path, CACHE_BYTES)?;
+        let (file, id) = File::open(dir.join("store.redb"), CACHE_BYTES)?;
         Ok(Self {
             inner: Arc::new(Inner {
-                database,
-                path,
+                file,
                 id,
                 changes: broadcast::Sender::new(CHANGE_NOTICES),
                 outbox_moved: watch::Sender::new(0),
@@ -242,7 +245,7 @@ impl Store {
 
     /// Bytes of the file on disk.
     pub fn size_bytes(&self) -> u64 {
-        std::fs::metadata(&self.inner.path).map_or(0, |m| m.len())
+        std::fs::metadata(self.inner.file.path()).map_or(0, |m| m.len())
     }
 
     /// Notices of object changes from now on. A receiver that lags must read everything again.
@@ -261,7 +264,7 @@ impl Store {
 
     fn apply_blocking(&self, changes: Vec<change::Change>) -> Result<(), StoreError> {
         let mut notices = Vec::with_capacity(changes.len());
-        let transaction = self.inner.database.begin_write()?;
+        let transaction = self.inner.file.begin_write()?;
         {
             let mut objects = transaction.open_table(OBJECTS)?;
             let mut names = transaction.open_table(NAMES)?;
@@ -283,7 +286,7 @@ impl Store {
 
     /// The object with that kind and UID.
     pub fn get(&self, key: &ObjectKey) -> Result<Option<StoredObject>, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         objects
             .get((kind_byte(key.kind), key.uid.as_str()))?
@@ -293,7 +296,7 @@ impl Store {
 
     /// The object with that name; `namespace` is empty for cluster-scoped kinds.
     pub fn find(&self, kind: Kind, namespace: &str, name: &str) -> Result<Option<StoredObject>, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let names = transaction.open_table(NAMES)?;
         let Some(uid) = names.get((kind_byte(kind), namespace, name))? else {
             return Ok(None);
@@ -307,7 +310,7 @@ impl Store {
 
     /// All objects of a kind, ordered by UID. One that cannot be read is logged and left out.
     pub fn list(&self, kind: Kind) -> Result<Vec<StoredObject>, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         let byte = kind_byte(kind);
         let mut found = Vec::new();
@@ -323,7 +326,7 @@ impl Store {
 
     /// How many objects of a kind are stored.
     pub fn count(&self, kind: Kind) -> Result<usize, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         let byte = kind_byte(kind);
         let mut count = 0;
@@ -336,7 +339,7 @@ impl Store {
 
     /// What the store holds, for the handshake with the provider.
     pub fn inventory(&self) -> Result<Vec<link::InventoryEntry>, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         let mut entries = Vec::with_capacity(usize::try_from(objects.len()?).unwrap_or(0));
         for entry in objects.iter()? {
@@ -360,7 +363,7 @@ impl Store {
 
     /// A room's own record.
     pub fn state_get<T: DeserializeOwned>(&self, room: &str, key: &str) -> Result<Option<T>, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let table = transaction.open_table(STATE)?;
         table
             .get((room, key))?
@@ -370,7 +373,7 @@ impl Store {
 
     /// All records of a room, by key. One that cannot be read is logged and left out.
     pub fn state_list<T: DeserializeOwned>(&self, room: &str) -> Result<Vec<(String, T)>, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let table = transaction.open_table(STATE)?;
         let mut found = Vec::new();
         for entry in table.range((room, "")..)? {
@@ -393,7 +396,7 @@ impl Store {
             what: format!("{room} record {key}"),
             reason: e.to_string(),
         })?;
-        let transaction = self.inner.database.begin_write()?;
+        let transaction = self.inner.file.begin_write()?;
         transaction
             .open_table(STATE)?
             .insert((room, key), json.as_slice())?;
@@ -402,7 +405,7 @@ impl Store {
 
     /// Removes a room's record; one that is not there is fine.
     pub fn state_delete(&self, room: &str, key: &str) -> Result<(), StoreError> {
-        let transaction = self.inner.database.begin_write()?;
+        let transaction = self.inner.file.begin_write()?;
         transaction.open_table(STATE)?.remove((room, key))?;
         Ok(transaction.commit()?)
     }

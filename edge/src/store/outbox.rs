@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use jiff::Timestamp;
 use prost::Message;
-use redb::{ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{ReadableTable, ReadableTableMetadata, TableDefinition};
 use skerry_proto::link::{Report, report};
 use tokio::sync::watch;
 
@@ -36,7 +36,7 @@ impl Store {
     }
 
     pub(super) fn report_blocking(&self, new: NewReport) -> Result<u64, StoreError> {
-        let transaction = self.inner.database.begin_write()?;
+        let transaction = self.inner.file.begin_write()?;
         let seq;
         let mut dropped = 0;
         {
@@ -86,7 +86,7 @@ impl Store {
 
     /// Up to `limit` waiting reports with numbers above `after`, oldest first.
     pub fn waiting_reports(&self, after: u64, limit: usize) -> Result<Vec<Report>, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         let outbox = transaction.open_table(OUTBOX)?;
         let mut found = Vec::new();
         for entry in outbox.range(after + 1..)?.take(limit) {
@@ -109,7 +109,7 @@ impl Store {
     }
 
     pub(super) fn settle_blocking(&self, seqs: &[u64]) -> Result<(), StoreError> {
-        let transaction = self.inner.database.begin_write()?;
+        let transaction = self.inner.file.begin_write()?;
         {
             let mut outbox = transaction.open_table(OUTBOX)?;
             let mut keys = transaction.open_table(KEYS)?;
@@ -134,7 +134,7 @@ impl Store {
 
     /// How many reports wait.
     pub fn outbox_len(&self) -> Result<u64, StoreError> {
-        let transaction = self.inner.database.begin_read()?;
+        let transaction = self.inner.file.begin_read()?;
         Ok(transaction.open_table(OUTBOX)?.len()?)
     }
 

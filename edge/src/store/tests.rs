@@ -179,7 +179,7 @@ fn events_beyond_the_limit_push_out_the_oldest_and_are_counted() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     // Filling the real limit through fsynced transactions would take minutes on a slow disk: fill the tables at once.
-    let transaction = store.inner.database.begin_write().unwrap();
+    let transaction = store.inner.file.begin_write().unwrap();
     {
         let mut events = transaction.open_table(outbox::EVENTS).unwrap();
         for seq in 1..=MAX_EVENTS {
@@ -244,7 +244,7 @@ fn a_truncated_or_foreign_file_is_refused_and_left_as_it_is() {
 fn a_newer_schema_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let transaction = store.inner.database.begin_write().unwrap();
+    let transaction = store.inner.file.begin_write().unwrap();
     transaction
         .open_table(META)
         .unwrap()
