@@ -216,6 +216,8 @@ fn node_address() -> IpAddr {
     if !is_root() {
         return IpAddr::V4(Ipv4Addr::LOCALHOST);
     }
+    // One may be left by a run that was killed.
+    remove_interface();
     for args in [
         format!("link add {INTERFACE} type bridge"),
         format!("address add {INTERFACE_ADDRESS}/32 dev {INTERFACE}"),

@@ -115,7 +115,8 @@ impl Keeper {
         if state.online || self.said_away == Some(true) {
             return None;
         }
-        let silent = Duration::try_from(now.duration_since(state.since)).unwrap_or_default();
+        let silent = Duration::try_from(now.duration_since(state.last_heard.unwrap_or(state.since)))
+            .unwrap_or_default();
         Some(self.deps.deadline.saturating_sub(silent))
     }
 
