@@ -238,6 +238,8 @@ impl Drop for Site {
         self.edge = None;
         kill_below(&self.data_dir());
         self.containerd = None;
+        // The data directory itself may be a mount.
+        kill_below(&self.dir);
         // A Site that has gone for good takes its Node with it, so that the scheduler forgets it.
         let _ = self
             .kubectl
