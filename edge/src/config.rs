@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
+use skerry_telemetry::config;
+
+pub use skerry_telemetry::config::ConfigError;
 
 /// Read when it exists and no other file is named.
 pub const DEFAULT_FILE: &str = "/etc/skerry/edge.toml";
@@ -70,30 +73,6 @@ pub struct Settings {
     pub log_format: Option<String>,
 }
 
-/// Settings that cannot be used. Exit code 2.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("the configuration file {file} cannot be read: {source}")]
-    Read {
-        /// Which.
-        file: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is not understood.
-    #[error("the configuration file {file} is wrong: {reason}")]
-    Parse {
-        /// Which.
-        file: PathBuf,
-        /// Where and why.
-        reason: String,
-    },
-    /// A value cannot be used.
-    #[error("{0}")]
-    Value(String),
-}
-
 /// Settings complete with defaults.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -132,20 +111,7 @@ impl Settings {
     ///
     /// `file`: the one that the user named; else [`DEFAULT_FILE`] is read if it exists.
     pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
-        let named = file.unwrap_or(Path::new(DEFAULT_FILE));
-        let from_file = match std::fs::read_to_string(named) {
-            Ok(text) => toml::from_str(&text).map_err(|e| ConfigError::Parse {
-                file: named.to_owned(),
-                reason: e.to_string(),
-            })?,
-            Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => Self::default(),
-            Err(source) => {
-                return Err(ConfigError::Read {
-                    file: named.to_owned(),
-                    source,
-                });
-            }
-        };
+        let from_file = config::read(file, Path::new(DEFAULT_FILE))?;
         self.over(from_file).complete()
     }
 

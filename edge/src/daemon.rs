@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::SystemClock;
 use crate::config::{Config, ConfigError, RuntimeKind};
 use crate::devices::{self, Devices};
 use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
@@ -78,7 +79,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         },
         store.clone(),
         Arc::clone(&runtime),
-        Arc::new(pods::SystemClock),
+        Arc::new(SystemClock),
     );
     let lookup = Arc::new(Lookup(store.clone()));
     let streams = Arc::new(Streams::new(
@@ -119,7 +120,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     rooms.spawn(Devices::run(
         devices::Deps {
             store: Arc::new(store.clone()),
-            clock: Arc::new(devices::SystemClock),
+            clock: Arc::new(SystemClock),
             defaults: Defaults {
                 modbus: config.modbus_endpoint.clone(),
             },

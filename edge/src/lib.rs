@@ -6,6 +6,7 @@
 //! One room per folder; `docs/architecture.md` is the map. [`daemon::run`] wires them together.
 
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod daemon;
 pub mod devices;

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use skerry_edge::devices::{Deps, Devices, SystemClock};
+use skerry_edge::clock::SystemClock;
+use skerry_edge::devices::{Deps, Devices};
 use skerry_edge::store::Store;
 use skerry_proto::device::{Defaults, DeviceState, DeviceStatus, Quality, QualityReason, Twin};
 use skerry_proto::link::{Kind, Upsert, change, report};

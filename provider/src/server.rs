@@ -14,7 +14,7 @@ use skerry_proto::SiteName;
 use skerry_proto::limits::MAX_MESSAGE_BYTES;
 use skerry_proto::link::enrolment_server::EnrolmentServer;
 use skerry_proto::link::link_server::LinkServer;
-use skerry_proto::link::{Kind, Report, report};
+use skerry_proto::link::{Report, report};
 use skerry_telemetry::http::{Endpoints, ListenError};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -275,16 +275,7 @@ async fn client_ca(config: &Config, client: &Client) -> Result<Option<RootCertSt
     };
     let wrong = |e: &dyn std::fmt::Display| ServerError::ClientCa(format!("{}: {e}", file.display()));
     let pem = std::fs::read(file).map_err(|e| wrong(&e))?;
-    let mut roots = RootCertStore::empty();
-    for certificate in rustls_pemfile::certs(&mut pem.as_slice()) {
-        roots
-            .add(certificate.map_err(|e| wrong(&e))?)
-            .map_err(|e| wrong(&e))?;
-    }
-    if roots.is_empty() {
-        return Err(wrong(&"no certificate in it"));
-    }
-    Ok(Some(roots))
+    kubelet::parse_bundle(&pem).map(Some).map_err(|e| wrong(&e))
 }
 
 fn endpoints(mirror: &Arc<Mirror>, metrics: &Arc<Metrics>, authority: &Authority) -> Endpoints {
@@ -348,11 +339,7 @@ impl ReportSink for Sink {
             }
             Some(report::Report::Event(event)) => pods::events::apply(&self.client, site, event).await,
             Some(report::Report::DeviceStatus(status)) => {
-                match devices::apply_report(self.client.clone(), site, status).await {
-                    devices::Outcome::Accepted => Outcome::Accepted,
-                    devices::Outcome::Dropped(reason) => Outcome::Dropped(reason),
-                    devices::Outcome::Retry(error) => Outcome::Retry(error.to_string()),
-                }
+                devices::apply_report(self.client.clone(), site, status).await
             }
             None => Outcome::Dropped("this provider does not know such reports; upgrade it".to_owned()),
         }
@@ -364,8 +351,7 @@ struct Directory(Arc<Mirror>);
 
 impl PodDirectory for Directory {
     fn locate(&self, namespace: &str, pod: &str) -> Option<PodLocation> {
-        let found = self.0.locate(namespace, pod)?;
-        let object = self.0.named(Kind::Pod, namespace, pod)?;
+        let (site, object) = self.0.locate(namespace, pod)?;
         let spec = &object.value["spec"];
         let containers = ["initContainers", "containers", "ephemeralContainers"]
             .iter()
@@ -373,8 +359,8 @@ impl PodDirectory for Directory {
             .flatten()
             .filter_map(|container| container["name"].as_str().map(str::to_owned));
         Some(PodLocation {
-            site: found.site,
-            uid: found.uid,
+            site,
+            uid: object.key.uid.clone(),
             containers: containers.collect(),
         })
     }

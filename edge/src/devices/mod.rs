@@ -26,7 +26,8 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use ports::{Clock, DeviceObject, DeviceStore, SystemClock};
+use crate::clock::Clock;
+pub use ports::{DeviceObject, DeviceStore};
 
 use bus::Bus;
 use shadow::Shadow;

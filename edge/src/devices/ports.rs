@@ -13,22 +13,6 @@ use crate::store::{NewReport, ObjectChanged, Store, StoreError};
 /// The room's name in the store's `state` table; its records are [`DeviceStatus`]es by UID.
 const ROOM: &str = "devices";
 
-/// The time of day.
-pub trait Clock: Send + Sync {
-    /// Now.
-    fn now(&self) -> Timestamp;
-}
-
-/// The system's clock.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SystemClock;
-
-impl Clock for SystemClock {
-    fn now(&self) -> Timestamp {
-        Timestamp::now()
-    }
-}
-
 /// A Device of this site.
 #[derive(Clone, Debug)]
 pub struct DeviceObject {

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use skerry_proto::link::{EventReport, report};
 
-use super::clock::Clock;
+use crate::clock::Clock;
 use crate::store::{NewReport, Store};
 
 /// Events of one pod that may come at once.

@@ -11,9 +11,9 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::backoff::Backoff;
-use super::clock::Clock;
 use super::events::{Events, Level};
 use super::status::Waiting;
+use crate::clock::Clock;
 use crate::runtime::{RegistryAuth, Runtime};
 
 /// What a container that needs its image is told.

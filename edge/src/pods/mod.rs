@@ -16,7 +16,6 @@
 //! * A container with our label whose pod is not in the store is stopped: the store is the truth.
 
 mod backoff;
-mod clock;
 mod config;
 mod create;
 mod env;
@@ -52,9 +51,9 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Clock;
 use crate::runtime::{Inventory, Runtime};
 use crate::store::{ObjectChanged, Store, StoreError};
-pub use clock::{Clock, SystemClock};
 use events::Events;
 use images::Images;
 use record::PodRecord;

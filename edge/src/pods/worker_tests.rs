@@ -14,7 +14,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::fixtures::UID;
-use super::{Pods, PodsConfig, SystemClock};
+use super::{Pods, PodsConfig};
+use crate::clock::SystemClock;
 use crate::runtime::{
     Container, ContainerConfig, ContainerId, ContainerState, ExecOutput, ExecRequest, Image, Inventory,
     RegistryAuth, Runtime, RuntimeError, RuntimeStatus, RuntimeVersion, Sandbox, SandboxConfig, SandboxId,

@@ -42,15 +42,6 @@ pub struct DesiredToken {
     pub leaving: bool,
 }
 
-/// What the kubelet endpoint and the node room need to know of a pod.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodSummary {
-    /// Site that the pod is bound to.
-    pub site: SiteName,
-    /// Its UID.
-    pub uid: Uid,
-}
-
 /// See the module's documentation.
 pub struct Mirror {
     state: RwLock<State>,
@@ -197,15 +188,12 @@ impl Mirror {
             .unwrap_or_default()
     }
 
-    /// Where a pod runs.
-    pub fn locate(&self, namespace: &str, name: &str) -> Option<PodSummary> {
+    /// A bound pod by name, with its site.
+    pub fn locate(&self, namespace: &str, name: &str) -> Option<(SiteName, Arc<Object>)> {
         let state = self.read();
         let object = state.named(Kind::Pod, namespace, name)?;
         let pod = state.pods.get(&object.key.uid)?;
-        Some(PodSummary {
-            site: pod.site.clone(),
-            uid: object.key.uid.clone(),
-        })
+        Some((pod.site.clone(), Arc::clone(object)))
     }
 
     /// The pods bound to a site.

@@ -11,6 +11,6 @@ mod mirror;
 mod object;
 mod watch;
 
-pub use mirror::{Desired, DesiredToken, Mirror, PodSummary};
+pub use mirror::{Desired, DesiredToken, Mirror};
 pub use object::Object;
 pub use watch::run;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use skerry_proto::device::DeviceSpec;
 
-use super::SITE_LABEL;
+use crate::node::status::SITE_LABEL;
 
 /// Nodes by name, with their labels.
 pub(super) type Nodes = BTreeMap<String, BTreeMap<String, String>>;

@@ -163,7 +163,7 @@ impl Judgement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::SITE_LABEL;
+    use crate::node::status::SITE_LABEL;
     use std::collections::BTreeMap;
 
     fn device(spec: Value, status: Value) -> DynamicObject {

@@ -17,7 +17,4 @@ mod judge;
 mod report;
 
 pub use controller::run;
-pub use report::{Outcome, apply_report, site_reachable};
-
-/// Label of a Node that stands for a site; its value is the site's name.
-pub const SITE_LABEL: &str = "edge.skerry.dev/site";
+pub use report::{apply_report, site_reachable};

@@ -8,6 +8,8 @@ use skerry_proto::SiteName;
 use skerry_proto::device::{Condition, DeviceStatus};
 use skerry_proto::link::DeviceStatusReport;
 
+use crate::link::reports::Outcome;
+
 use super::api::{all, apply_status, namespaced, status_of};
 
 /// Field manager of what sites report.
@@ -16,17 +18,6 @@ const REPORT_MANAGER: &str = "skerry-site";
 const LINK_MANAGER: &str = "skerry-link";
 /// Conditions that a site may report; all others are the provider's.
 const SITE_CONDITIONS: [&str; 4] = ["Connected", "DataFresh", "DesiredApplied", "ConfigDefaulted"];
-
-/// What became of a report.
-#[derive(Debug)]
-pub enum Outcome {
-    /// The API server has it.
-    Accepted,
-    /// It will never be taken; the edge forgets it. In words.
-    Dropped(String),
-    /// The API server cannot be asked just now, or somebody else wrote meanwhile (409): try the same report again.
-    Retry(kube::Error),
-}
 
 /// Writes a site's report to the Device's status.
 ///
@@ -133,7 +124,7 @@ fn failed(namespace: &str, name: &str, error: kube::Error) -> Outcome {
             "device {namespace}/{name}: the API server refuses the status: {}",
             status.message
         )),
-        _ => Outcome::Retry(error),
+        _ => Outcome::Retry(error.to_string()),
     }
 }
 

@@ -28,7 +28,7 @@ use skerry_proto::object::Uid;
 pub use authn::User;
 pub use reviews::{KubeReviews, NodeAccess, ReviewError, Reviews};
 pub use server::{KubeletDeps, KubeletServer};
-pub use tls::{ClientCaError, load_client_ca, server_config};
+pub use tls::{ClientCaError, load_client_ca, parse_bundle, server_config};
 
 /// Where a pod is and what it has.
 #[derive(Clone, Debug, PartialEq, Eq)]

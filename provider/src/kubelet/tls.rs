@@ -34,21 +34,22 @@ pub async fn load_client_ca(client: &kube::Client) -> Result<Option<RootCertStor
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let map = api.get_opt(name).await?;
     match map.and_then(|map| map.data).and_then(|mut data| data.remove(key)) {
-        Some(pem) => parse_bundle(pem.as_bytes()).map(Some),
+        Some(pem) => parse_bundle(pem.as_bytes())
+            .map(Some)
+            .map_err(ClientCaError::Malformed),
         None => Ok(None),
     }
 }
 
-fn parse_bundle(pem: &[u8]) -> Result<RootCertStore, ClientCaError> {
+/// The CA certificates of a PEM bundle, at least one; else what is wrong with it.
+pub fn parse_bundle(pem: &[u8]) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     for certificate in rustls_pemfile::certs(&mut &*pem) {
-        let certificate = certificate.map_err(|error| ClientCaError::Malformed(error.to_string()))?;
-        roots
-            .add(certificate)
-            .map_err(|error| ClientCaError::Malformed(error.to_string()))?;
+        let certificate = certificate.map_err(|error| error.to_string())?;
+        roots.add(certificate).map_err(|error| error.to_string())?;
     }
     if roots.is_empty() {
-        return Err(ClientCaError::Malformed("it has no certificate".to_owned()));
+        return Err("it has no certificate".to_owned());
     }
     Ok(roots)
 }

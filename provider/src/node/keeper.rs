@@ -125,16 +125,17 @@ impl Keeper {
         let away = !state.online && self.patience(state, now).is_none_or(|left| left.is_zero());
         let enrolled = site.value["status"]["state"].is_string();
         self.deps.metrics.set_site(&self.site, state.online);
+        let pods = self.deps.mirror.pods_of(&self.site);
         let node = self.deps.mirror.named(Kind::Node, "", self.site.as_str());
         if state.online || away {
             self.tell_devices(away);
             if enrolled || state.online {
-                self.write_site(site, state, now).await?;
+                self.write_site(site, state, pods.len(), now).await?;
             }
         }
-        for pod in self.deps.mirror.pods_of(&self.site) {
+        for pod in &pods {
             // One pod that refuses must not leave the others unprotected.
-            if let Err(error) = tolerations::protect(&self.deps.client, &pod).await {
+            if let Err(error) = tolerations::protect(&self.deps.client, pod).await {
                 tracing::warn!(site = %self.site, namespace = %pod.namespace, pod = %pod.name, %error,
                     "a pod could not be protected from eviction; it is tried again");
             }
@@ -184,10 +185,15 @@ impl Keeper {
     }
 
     /// Writes the Site's status when it says something new, or its `lastSeen` is old.
-    async fn write_site(&self, site: &Object, state: &LinkState, now: Timestamp) -> Result<(), kube::Error> {
+    async fn write_site(
+        &self,
+        site: &Object,
+        state: &LinkState,
+        pods: usize,
+        now: Timestamp,
+    ) -> Result<(), kube::Error> {
         let current = &site.value["status"];
         let word = if state.online { "Online" } else { "Offline" };
-        let pods = self.deps.mirror.pods_of(&self.site).len();
         let mut status = serde_json::Map::new();
         let mut set = |field: &str, value: Value| {
             if current.get(field) != Some(&value) {

@@ -324,21 +324,7 @@ impl Authority {
         client_ca: Option<RootCertStore>,
     ) -> Result<ServerConfig, AuthorityError> {
         let (chain, key) = self.issue_provider(names)?;
-        let builder = ServerConfig::builder_with_provider(ring())
-            .with_safe_default_protocol_versions()
-            .map_err(tls)?;
-        let builder = match client_ca {
-            Some(roots) => builder.with_client_cert_verifier(
-                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), ring())
-                    .allow_unauthenticated()
-                    .build()
-                    .map_err(tls)?,
-            ),
-            None => builder.with_no_client_auth(),
-        };
-        let mut config = builder.with_single_cert(chain, key).map_err(tls)?;
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(config)
+        crate::kubelet::server_config(chain, key, client_ca).map_err(tls)
     }
 
     fn issue_provider(
