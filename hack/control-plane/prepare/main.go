@@ -1,8 +1,9 @@
-// Command prepare writes what the control plane needs before it starts: `prepare DIR`.
+// Command prepare writes what the control plane needs before it starts: `prepare DIR [NODE]`.
 //
 // It makes one certificate authority, a certificate per component, the key pair for ServiceAccount tokens, a
-// kubeconfig per component, and DIR/ports, a file of shell assignments that names free TCP ports. What is already
-// there stays, so that a second run changes nothing.
+// kubeconfig per component, and DIR/ports, a file of shell assignments that names free TCP ports. With NODE it also
+// makes DIR/node-NODE.kubeconfig, by which a kubelet is the node of that name. What is already there stays, so that a
+// second run changes nothing.
 package main
 
 import (
@@ -25,16 +26,34 @@ import (
 const validity = 10 * 365 * 24 * time.Hour
 
 func main() {
-	if len(os.Args) != 2 {
-		log.Fatal("usage: prepare DIR")
+	if len(os.Args) != 2 && len(os.Args) != 3 {
+		log.Fatal("usage: prepare DIR [NODE]")
 	}
 	dir, err := filepath.Abs(os.Args[1])
 	check(err)
 	check(os.MkdirAll(dir, 0o700))
-	if _, err := os.Stat(filepath.Join(dir, "ports")); err == nil {
-		return
+	if !exists(filepath.Join(dir, "ports")) {
+		prepareControlPlane(dir)
 	}
+	if len(os.Args) == 3 && !exists(filepath.Join(dir, "node-"+os.Args[2]+".kubeconfig")) {
+		prepareNode(dir, os.Args[2])
+	}
+}
 
+func prepareNode(dir, node string) {
+	ca := loadAuthority(dir)
+	name := "node-" + node
+	ca.issue(name, pkix.Name{CommonName: "system:node:" + node, Organization: []string{"system:nodes"}}, false)
+	ports, err := os.ReadFile(filepath.Join(dir, "ports"))
+	check(err)
+	for _, line := range strings.Split(string(ports), "\n") {
+		if port, found := strings.CutPrefix(line, "APISERVER_PORT="); found {
+			writeKubeconfig(dir, name, "https://127.0.0.1:"+port)
+		}
+	}
+}
+
+func prepareControlPlane(dir string) {
 	ca := newAuthority(dir)
 	ca.issue("apiserver", pkix.Name{CommonName: "kube-apiserver"}, true)
 	ca.issue("etcd", pkix.Name{CommonName: "etcd"}, true)
@@ -81,6 +100,25 @@ func newAuthority(dir string) authority {
 	check(err)
 	writePEM(filepath.Join(dir, "ca.crt"), "CERTIFICATE", der, 0o644)
 	writeKey(filepath.Join(dir, "ca.key"), ca.key)
+	return ca
+}
+
+func loadAuthority(dir string) authority {
+	der := func(name string) []byte {
+		text, err := os.ReadFile(filepath.Join(dir, name))
+		check(err)
+		block, _ := pem.Decode(text)
+		if block == nil {
+			log.Fatalf("%s holds no PEM block", filepath.Join(dir, name))
+		}
+		return block.Bytes
+	}
+	ca := authority{dir: dir}
+	var err error
+	ca.certificate, err = x509.ParseCertificate(der("ca.crt"))
+	check(err)
+	ca.key, err = x509.ParseECPrivateKey(der("ca.key"))
+	check(err)
 	return ca
 }
 
@@ -157,6 +195,11 @@ func writePEM(path, kind string, der []byte, mode os.FileMode) {
 }
 
 func write(path string, data []byte, mode os.FileMode) { check(os.WriteFile(path, data, mode)) }
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
 
 func check(err error) {
 	if err != nil {
