@@ -5,6 +5,7 @@ use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::discovery::ApiResource;
 use serde_json::{Value, json};
 use skerry_proto::SiteName;
+use skerry_proto::object::Uid;
 
 /// Where Sites live in the API.
 pub fn resource() -> ApiResource {
@@ -17,10 +18,11 @@ pub fn resource() -> ApiResource {
     }
 }
 
-/// Whether the Site is declared.
-pub async fn exists(client: &Client, site: &SiteName) -> Result<bool, kube::Error> {
+/// The UID of a declared Site; `None` when it is not declared.
+pub async fn uid(client: &Client, site: &SiteName) -> Result<Option<Uid>, kube::Error> {
     let sites: Api<DynamicObject> = Api::all_with(client.clone(), &resource());
-    Ok(sites.get_opt(site.as_str()).await?.is_some())
+    let found = sites.get_opt(site.as_str()).await?;
+    Ok(found.and_then(|site| site.metadata.uid).map(Uid::from))
 }
 
 /// Merges fields into a Site's status; a Site that is gone is fine.

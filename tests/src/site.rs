@@ -125,6 +125,14 @@ impl Site {
         join(&self.relay.address().to_string(), token, &self.data_dir())
     }
 
+    /// The same on a machine that is a site already.
+    pub fn rejoin(&self, token: &str) -> Output {
+        join_command(&self.relay.address().to_string(), token, &self.data_dir())
+            .arg("--force")
+            .output()
+            .expect("skerry-edge runs")
+    }
+
     /// The command line of `skerry-edge run` for this site.
     pub fn edge_command(&self) -> Command {
         let mut command = Command::new(workspace_binary("skerry-edge"));
@@ -252,12 +260,18 @@ impl Drop for Site {
 
 /// `skerry-edge join`.
 pub fn join(provider: &str, token: &str, data_dir: &Path) -> Output {
-    Command::new(workspace_binary("skerry-edge"))
-        .args(["join", "--provider", provider, "--token", token, "--data-dir"])
-        .arg(data_dir)
-        .stdin(Stdio::null())
+    join_command(provider, token, data_dir)
         .output()
         .expect("skerry-edge runs")
+}
+
+fn join_command(provider: &str, token: &str, data_dir: &Path) -> Command {
+    let mut command = Command::new(workspace_binary("skerry-edge"));
+    command
+        .args(["join", "--provider", provider, "--token", token, "--data-dir"])
+        .arg(data_dir)
+        .stdin(Stdio::null());
+    command
 }
 
 /// How long a provider may take to notice a line that has gone silent.

@@ -92,7 +92,7 @@ impl Bulk {
     /// Serves the stream until either side ends it.
     pub(super) async fn run(mut self, mut inbound: Streaming<EdgeBulk>) -> Result<(), Status> {
         self.read_inventory(&mut inbound).await?;
-        let mut changes = self.deps.mirror.changes(&self.session.site);
+        let mut changes = self.deps.mirror.changes(&self.session.peer.site);
         let lanes = Lanes::start(&self.deps.reports, &self.session, &self.outbound);
         let mut token_check = tokio::time::interval(TOKEN_CHECK);
         let over = self.session.over.clone();
@@ -182,7 +182,7 @@ impl Bulk {
                 self.minted.insert(key, minted);
             }
             Err(error) => {
-                tracing::warn!(site = %self.session.site, token = %key.uid, %error, "a ServiceAccount token could not be had; it is asked for again");
+                tracing::warn!(site = %self.session.peer.site, token = %key.uid, %error, "a ServiceAccount token could not be had; it is asked for again");
                 self.failed.insert(key);
             }
         }
@@ -194,7 +194,7 @@ impl Bulk {
 
     /// Compares and sends as much as the window allows. Answers whether something is left to send.
     async fn reconcile(&mut self) -> Result<bool, Status> {
-        let desired = self.deps.mirror.desired(&self.session.site);
+        let desired = self.deps.mirror.desired(&self.session.peer.site);
         self.mint(&desired);
         let Difference { changes, complete } = self.difference(&desired);
         let total = changes.len();

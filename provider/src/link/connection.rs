@@ -8,7 +8,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustls::ServerConfig;
-use skerry_proto::SiteName;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -18,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
-use crate::pki::Authority;
+use crate::pki::{Authority, SitePeer};
 
 /// How long a client may take for its TLS handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -29,7 +28,7 @@ const HANDSHAKES: usize = 256;
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// The site that the client's certificate names; `None` without a certificate.
-    pub site: Option<SiteName>,
+    pub site: Option<SitePeer>,
     /// Its address.
     pub remote: SocketAddr,
 }

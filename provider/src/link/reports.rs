@@ -132,14 +132,14 @@ impl Lane {
     async fn settle(&self, report: &Report) -> (Wire, String) {
         let mut pause = FIRST_RETRY;
         loop {
-            match self.reports.sink.take(&self.session.site, report).await {
+            match self.reports.sink.take(&self.session.peer.site, report).await {
                 Outcome::Accepted => return (Wire::Accepted, String::new()),
                 Outcome::Dropped(reason) => {
-                    tracing::info!(site = %self.session.site, seq = report.seq, subject = %subject(report), %reason, "a report was dropped");
+                    tracing::info!(site = %self.session.peer.site, seq = report.seq, subject = %subject(report), %reason, "a report was dropped");
                     return (Wire::Dropped, reason);
                 }
                 Outcome::Retry(reason) => {
-                    tracing::warn!(site = %self.session.site, seq = report.seq, subject = %subject(report), %reason, "a report is tried again");
+                    tracing::warn!(site = %self.session.peer.site, seq = report.seq, subject = %subject(report), %reason, "a report is tried again");
                 }
             }
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;

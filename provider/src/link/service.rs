@@ -1,5 +1,6 @@
 //! The Link service: who may speak, and what each stream is for.
 
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use super::reports::Reports;
 use super::sessions::{Session, Sessions};
 use super::tunnels::Tunnels;
 use crate::cluster::Mirror;
-use crate::pki::Authority;
+use crate::pki::{Authority, SitePeer};
 
 /// How long a new stream may stay silent before its first message.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -76,16 +77,6 @@ impl LinkService {
                 hello.site
             )));
         }
-        if !self.deps.mirror.is_synced() {
-            return Err(Status::unavailable(
-                "the provider is still reading the cluster; try again",
-            ));
-        }
-        if self.deps.mirror.named(Kind::Site, "", peer.as_str()).is_none() {
-            return Err(Status::failed_precondition(format!(
-                "there is no Site {peer:?} in the cluster; declare it again with kubectl, or remove this edge"
-            )));
-        }
         let newest = hello.protocol_max.min(PROTOCOL_MAX);
         if newest < hello.protocol_min || newest < PROTOCOL_MIN {
             return Err(Status::failed_precondition(format!(
@@ -110,7 +101,8 @@ impl link_server::Link for LinkService {
         &self,
         request: Request<Streaming<EdgeControl>>,
     ) -> Result<Response<Self::ControlStream>, Status> {
-        let (site, remote) = certified(&request)?;
+        let (peer, remote) = self.admitted(&request)?;
+        let site = peer.site.clone();
         let mut inbound = request.into_inner();
         let Some(edge_control::Message::Hello(hello)) = first(&mut inbound).await?.message else {
             return Err(Status::invalid_argument(
@@ -120,7 +112,7 @@ impl link_server::Link for LinkService {
         let protocol = self.greet(&site, &hello)?;
         let (orders, queue) = mpsc::channel(CONTROL_QUEUE);
         let now = Timestamp::now();
-        let session = self.deps.sessions.begin(&site, &hello, orders.clone(), now);
+        let session = self.deps.sessions.begin(&peer, &hello, orders.clone(), now);
         tracing::info!(%site, %remote, version = %hello.version, session = %session.id, "a site connected");
         let timing = self.deps.timing;
         let welcome = Welcome {
@@ -144,7 +136,7 @@ impl link_server::Link for LinkService {
         &self,
         request: Request<Streaming<EdgeBulk>>,
     ) -> Result<Response<Self::BulkStream>, Status> {
-        let (site, _) = certified(&request)?;
+        let (SitePeer { site, .. }, _) = self.admitted(&request)?;
         let mut inbound = request.into_inner();
         let Some(edge_bulk::Message::Hello(hello)) = first(&mut inbound).await?.message else {
             return Err(Status::invalid_argument(
@@ -158,7 +150,7 @@ impl link_server::Link for LinkService {
         let task = session.clone();
         tokio::spawn(async move {
             if let Err(status) = bulk.run(inbound).await {
-                tracing::info!(site = %task.site, session = %task.id, %status, "the bulk stream ended");
+                tracing::info!(site = %task.peer.site, session = %task.id, %status, "the bulk stream ended");
             }
             // Neither half of a session is of use without the other.
             deps.sessions.end(&task, Timestamp::now());
@@ -170,7 +162,7 @@ impl link_server::Link for LinkService {
         &self,
         request: Request<Streaming<TunnelFrame>>,
     ) -> Result<Response<Self::TunnelStream>, Status> {
-        let (site, _) = certified(&request)?;
+        let (SitePeer { site, .. }, _) = self.admitted(&request)?;
         let mut inbound = request.into_inner();
         let Some(tunnel_frame::Frame::Open(open)) = first(&mut inbound).await?.frame else {
             return Err(Status::invalid_argument(
@@ -182,21 +174,11 @@ impl link_server::Link for LinkService {
     }
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
-        let (site, _) = certified(&request)?;
-        if !self.deps.mirror.is_synced() {
-            return Err(Status::unavailable(
-                "the provider is still reading the cluster; try again",
-            ));
-        }
-        if self.deps.mirror.named(Kind::Site, "", site.as_str()).is_none() {
-            return Err(Status::failed_precondition(format!(
-                "there is no Site {site:?} in the cluster"
-            )));
-        }
+        let (peer, _) = self.admitted(&request)?;
         crate::pki::renew(
             &self.deps.authority,
             &self.deps.client,
-            &site,
+            &peer,
             &request.into_inner(),
         )
         .await
@@ -205,6 +187,43 @@ impl link_server::Link for LinkService {
 }
 
 impl LinkService {
+    /// Who calls: a site whose certificate is in time and was issued for the Site as it is declared now.
+    fn admitted<T>(&self, request: &Request<T>) -> Result<(SitePeer, SocketAddr), Status> {
+        let Some(Peer {
+            site: Some(peer),
+            remote,
+        }) = request.extensions().get::<Peer>()
+        else {
+            return Err(Status::unauthenticated(
+                "this call needs a site's certificate; run skerry-edge join first",
+            ));
+        };
+        let name = &peer.site;
+        // The handshake saw it in time, but a connection may outlive its certificate.
+        if peer.not_after <= Timestamp::now() {
+            return Err(Status::unauthenticated(format!(
+                "the certificate of site {name} has expired at {}; join again with a new token",
+                peer.not_after
+            )));
+        }
+        if !self.deps.mirror.is_synced() {
+            return Err(Status::unavailable(
+                "the provider is still reading the cluster; try again",
+            ));
+        }
+        let Some(declared) = self.deps.mirror.named(Kind::Site, "", name.as_str()) else {
+            return Err(Status::failed_precondition(format!(
+                "there is no Site {name} in the cluster; declare it with kubectl and join again, or remove this edge"
+            )));
+        };
+        if declared.key.uid != peer.uid {
+            return Err(Status::permission_denied(format!(
+                "the certificate was issued for an earlier Site {name}, which was deleted; join again with a new token"
+            )));
+        }
+        Ok((peer.clone(), *remote))
+    }
+
     fn session(&self, site: &SiteName, id: &str) -> Result<Session, Status> {
         self.deps
             .sessions
@@ -231,6 +250,10 @@ async fn listen(
             Ok(Err(status)) => break status.message().to_owned(),
             Err(_) => break format!("nothing was heard for {:?}", deps.timing.deadline),
         };
+        // Looked at with each message, at least once per heartbeat: a timer would be fooled by a clock that is set.
+        if session.peer.not_after <= Timestamp::now() {
+            break "its certificate has expired".to_owned();
+        }
         deps.sessions.heard(&session, Timestamp::now());
         match message {
             Some(edge_control::Message::Heartbeat(beat)) => {
@@ -239,17 +262,19 @@ async fn listen(
                     break "the edge does not read its control stream".to_owned();
                 }
             }
-            Some(edge_control::Message::TunnelFailed(failed)) => deps.tunnels.failed(&session.site, failed),
+            Some(edge_control::Message::TunnelFailed(failed)) => {
+                deps.tunnels.failed(&session.peer.site, failed)
+            }
             // A second Hello, or something newer than this build: ignored, as link.proto says.
             _ => {}
         }
     };
-    let current = deps.sessions.current(&session.site, &session.id).is_some();
+    let current = deps.sessions.current(&session.peer.site, &session.id).is_some();
     deps.sessions.end(&session, Timestamp::now());
     if current {
-        deps.tunnels.drop_site(&session.site);
+        deps.tunnels.drop_site(&session.peer.site);
     }
-    tracing::info!(site = %session.site, session = %session.id, %reason, "a site's session ended");
+    tracing::info!(site = %session.peer.site, session = %session.id, %reason, "a site's session ended");
 }
 
 /// The messages of a queue until the session is over; what was queued before its end still goes out.
@@ -273,19 +298,6 @@ async fn first<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
             message?.ok_or_else(|| Status::invalid_argument("the stream ended before its first message"))
         }
         Err(_) => Err(Status::deadline_exceeded("no first message came")),
-    }
-}
-
-fn certified<T>(request: &Request<T>) -> Result<(SiteName, std::net::SocketAddr), Status> {
-    let peer = request.extensions().get::<Peer>();
-    match peer {
-        Some(Peer {
-            site: Some(site),
-            remote,
-        }) => Ok((site.clone(), *remote)),
-        _ => Err(Status::unauthenticated(
-            "this call needs a site's certificate; run skerry-edge join first",
-        )),
     }
 }
 

@@ -9,10 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use jiff::Timestamp;
 use skerry_proto::SiteName;
 use skerry_proto::link::{CloudControl, Hello, OpenTunnel, cloud_control};
+use skerry_proto::object::Uid;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::tunnels::{Orders, SiteAway};
+use crate::pki::SitePeer;
 
 /// What is known of a site's link.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,8 +36,8 @@ pub struct LinkState {
 pub struct Session {
     /// Its unique name.
     pub id: String,
-    /// The site.
-    pub site: SiteName,
+    /// The site and its certificate.
+    pub peer: SitePeer,
     /// Cancelled when the session ends, for whatever reason.
     pub over: CancellationToken,
 }
@@ -73,14 +75,15 @@ impl Sessions {
     /// Starts a session and ends the site's older one, if any.
     pub fn begin(
         &self,
-        site: &SiteName,
+        peer: &SitePeer,
         hello: &Hello,
         orders: mpsc::Sender<Result<CloudControl, tonic::Status>>,
         now: Timestamp,
     ) -> Session {
+        let site = &peer.site;
         let session = Session {
             id: uuid::Uuid::new_v4().simple().to_string(),
-            site: site.clone(),
+            peer: peer.clone(),
             over: CancellationToken::new(),
         };
         let entry = Entry {
@@ -114,7 +117,7 @@ impl Sessions {
     pub fn heard(&self, session: &Session, now: Timestamp) {
         if !session.over.is_cancelled() {
             // Quietly: watchers wait for changes of state, not for each heartbeat.
-            self.state(&session.site).send_if_modified(|state| {
+            self.state(&session.peer.site).send_if_modified(|state| {
                 state.last_heard = Some(now);
                 false
             });
@@ -127,12 +130,12 @@ impl Sessions {
         let removed = {
             let mut entries = self.entries();
             let current = entries
-                .get(&session.site)
+                .get(&session.peer.site)
                 .is_some_and(|entry| entry.session.id == session.id);
-            current.then(|| entries.remove(&session.site)).flatten()
+            current.then(|| entries.remove(&session.peer.site)).flatten()
         };
         if removed.is_some() {
-            self.state(&session.site).send_modify(|state| {
+            self.state(&session.peer.site).send_modify(|state| {
                 state.online = false;
                 state.since = now;
             });
@@ -158,6 +161,14 @@ impl Sessions {
                 message: Some(cloud_control::Message::Goodbye(goodbye)),
             }));
             entry.session.over.cancel();
+        }
+    }
+
+    /// Ends the site's session if it was opened for another Site object than the one with this UID.
+    pub fn dismiss_earlier(&self, site: &SiteName, uid: &Uid) {
+        let earlier = |entry: &Entry| entry.session.peer.uid != *uid;
+        if self.entries().get(site).is_some_and(earlier) {
+            self.dismiss(site, "the Site was deleted and declared anew; join again", 60_000);
         }
     }
 
@@ -239,13 +250,21 @@ mod tests {
         "harbour".parse().unwrap()
     }
 
+    fn peer() -> SitePeer {
+        SitePeer {
+            site: site(),
+            uid: Uid::from("first".to_owned()),
+            not_after: Timestamp::MAX,
+        }
+    }
+
     #[test]
     fn a_new_session_fences_the_old_and_the_late_end_of_the_old_changes_nothing() {
         let now = Timestamp::UNIX_EPOCH;
         let sessions = Sessions::new(now);
         let (sender, _receiver) = mpsc::channel(1);
-        let old = sessions.begin(&site(), &hello(), sender.clone(), now);
-        let new = sessions.begin(&site(), &hello(), sender, now);
+        let old = sessions.begin(&peer(), &hello(), sender.clone(), now);
+        let new = sessions.begin(&peer(), &hello(), sender, now);
         assert!(old.over.is_cancelled());
         assert!(!new.over.is_cancelled());
         sessions.end(&old, now);
@@ -254,6 +273,18 @@ mod tests {
         assert!(sessions.current(&site(), &new.id).is_some());
         sessions.end(&new, now);
         assert!(!sessions.watch(&site()).borrow().online);
+    }
+
+    #[test]
+    fn a_session_ends_when_its_site_is_declared_anew() {
+        let now = Timestamp::UNIX_EPOCH;
+        let sessions = Sessions::new(now);
+        let (sender, _receiver) = mpsc::channel(1);
+        let session = sessions.begin(&peer(), &hello(), sender, now);
+        sessions.dismiss_earlier(&site(), &peer().uid);
+        assert!(!session.over.is_cancelled());
+        sessions.dismiss_earlier(&site(), &Uid::from("second".to_owned()));
+        assert!(session.over.is_cancelled());
     }
 
     #[test]

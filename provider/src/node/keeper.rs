@@ -103,6 +103,7 @@ impl Keeper {
                 self.deps.metrics.forget_site(&self.site);
                 return;
             };
+            self.deps.sessions.dismiss_earlier(&self.site, &site.key.uid);
             let state = link.borrow().clone();
             if let Err(error) = self.step(&site, &state, renew).await {
                 tracing::warn!(site = %self.site, %error, "the site's Node could not be brought up to date; it is tried again");

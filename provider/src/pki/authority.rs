@@ -18,6 +18,7 @@ use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKey
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use sha2::{Digest, Sha256};
+use skerry_proto::object::Uid;
 use skerry_proto::token::{hex, public_key_pin};
 use skerry_proto::{InvalidSpiffeId, SiteName, SpiffeId, TrustDomain};
 use tokio::sync::watch;
@@ -29,6 +30,8 @@ pub const CA_SECRET: &str = "skerry-ca";
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Life of a site's or the provider's certificate.
 const LEAF_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// The attribute `serialNumber` of a subject (X.520): here the Site's UID.
+const SERIAL_NUMBER: [u64; 4] = [2, 5, 4, 5];
 const CA_LIFE: Duration = Duration::from_secs(3650 * 24 * 3600);
 /// Certificates are valid a little before they are made, for clocks that are behind.
 const BACKDATE: Duration = Duration::from_secs(300);
@@ -92,6 +95,30 @@ pub struct Issued {
     pub not_after: Timestamp,
     /// Serial number, hexadecimal.
     pub serial: String,
+}
+
+/// Who a site's certificate speaks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SitePeer {
+    /// The Site's name, from the SPIFFE ID.
+    pub site: SiteName,
+    /// UID of the Site object that the certificate was issued for: a Site made anew under the same name is another.
+    pub uid: Uid,
+    /// When the certificate expires.
+    pub not_after: Timestamp,
+}
+
+/// Why a client's certificate speaks for no site.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum InvalidPeer {
+    /// Its SPIFFE ID is missing, or is not a site's of this trust domain.
+    #[error(transparent)]
+    Identity(#[from] InvalidSpiffeId),
+    /// It carries no Site UID.
+    #[error(
+        "the certificate of site {0} does not say for which Site object it was issued; join again with a new token"
+    )]
+    NoUid(SiteName),
 }
 
 /// The CA. Clones share it.
@@ -224,12 +251,16 @@ impl Authority {
 
     /// Issues a certificate for a site. Takes the public key from the request, whose signature is checked, and nothing
     /// else.
-    pub fn issue_site(&self, csr_der: &[u8], site: &SiteName) -> Result<Issued, AuthorityError> {
+    pub fn issue_site(&self, csr_der: &[u8], site: &SiteName, uid: &Uid) -> Result<Issued, AuthorityError> {
         let request =
             CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))?;
         let id = SpiffeId::Site(self.inner.domain.clone(), site.clone());
-        let (params, serial, not_after) =
+        let (mut params, serial, not_after) =
             self.leaf(&id, site.as_str(), ExtendedKeyUsagePurpose::ClientAuth)?;
+        // In the subject, because a SPIFFE certificate must not carry a second URI.
+        params
+            .distinguished_name
+            .push(DnType::CustomDnType(SERIAL_NUMBER.to_vec()), uid.as_str());
         let certificate = params.signed_by(&request.public_key, &self.inner.issuer)?;
         Ok(Issued {
             certificate: certificate.der().clone(),
@@ -239,13 +270,16 @@ impl Authority {
     }
 
     /// The site that a verified client certificate names; `None` when the client showed none.
-    pub fn peer_site(&self, chain: &[CertificateDer<'_>]) -> Result<Option<SiteName>, InvalidSpiffeId> {
+    pub fn peer_site(&self, chain: &[CertificateDer<'_>]) -> Result<Option<SitePeer>, InvalidPeer> {
         let Some(leaf) = chain.first() else {
             return Ok(None);
         };
         match SpiffeId::from_certificate_der(leaf)? {
-            SpiffeId::Site(domain, site) if domain == self.inner.domain => Ok(Some(site)),
-            other => Err(InvalidSpiffeId::Form(other.to_string())),
+            SpiffeId::Site(domain, site) if domain == self.inner.domain => {
+                let (uid, not_after) = site_uid(leaf).ok_or_else(|| InvalidPeer::NoUid(site.clone()))?;
+                Ok(Some(SitePeer { site, uid, not_after }))
+            }
+            other => Err(InvalidSpiffeId::Form(other.to_string()).into()),
         }
     }
 
@@ -375,6 +409,21 @@ impl Authority {
     }
 }
 
+/// The Site's UID in a certificate's subject, and when the certificate expires.
+fn site_uid(leaf: &[u8]) -> Option<(Uid, Timestamp)> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(leaf).ok()?;
+    let oid = x509_parser::oid_registry::OID_X509_SERIALNUMBER;
+    let uid = certificate
+        .subject()
+        .iter_by_oid(&oid)
+        .next()?
+        .as_str()
+        .ok()?
+        .to_owned();
+    let not_after = Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()?;
+    Some((Uid::from(uid), not_after))
+}
+
 fn generate(domain: &TrustDomain) -> Result<Material, AuthorityError> {
     let now = SystemTime::now();
     let mut params = CertificateParams::default();
@@ -444,6 +493,10 @@ mod tests {
         "skerry.local".parse().unwrap()
     }
 
+    fn uid() -> Uid {
+        Uid::from("2a6e2a42-0b6c-4f3d-9d0e-6c1f2c3b4a5d".to_owned())
+    }
+
     fn request() -> Vec<u8> {
         let key = KeyPair::generate().unwrap();
         // What a request asks for beyond its key is of no account.
@@ -456,18 +509,17 @@ mod tests {
     fn a_certificate_names_the_site_and_nothing_that_the_request_asked_for() {
         let authority = Authority::ephemeral(&domain());
         let issued = authority
-            .issue_site(&request(), &"harbour".parse().unwrap())
+            .issue_site(&request(), &"harbour".parse().unwrap(), &uid())
             .unwrap();
         let id = SpiffeId::from_certificate_der(&issued.certificate).unwrap();
         assert_eq!(id.to_string(), "spiffe://skerry.local/site/harbour");
-        assert_eq!(
-            authority
-                .peer_site(std::slice::from_ref(&issued.certificate))
-                .unwrap()
-                .unwrap()
-                .as_str(),
-            "harbour"
-        );
+        let peer = authority
+            .peer_site(std::slice::from_ref(&issued.certificate))
+            .unwrap()
+            .unwrap();
+        assert_eq!((peer.site.as_str(), &peer.uid), ("harbour", &uid()));
+        // A certificate knows whole seconds only.
+        assert_eq!(peer.not_after.as_second(), issued.not_after.as_second());
         assert!(!issued.certificate.windows(12).any(|w| w == b"evil.example"));
         assert!(!issued.certificate.windows(14).any(|w| w == b"system:masters"));
     }
@@ -478,19 +530,36 @@ mod tests {
         let mut bytes = request();
         let last = bytes.len() - 1;
         bytes[last] ^= 1;
-        assert!(authority.issue_site(&bytes, &"harbour".parse().unwrap()).is_err());
-        assert!(authority.issue_site(b"", &"harbour".parse().unwrap()).is_err());
+        let issue = |csr: &[u8]| authority.issue_site(csr, &"harbour".parse().unwrap(), &uid());
+        assert!(issue(&bytes).is_err());
+        assert!(issue(b"").is_err());
     }
 
     #[test]
     fn a_peer_of_another_trust_domain_or_role_is_no_site() {
         let authority = Authority::ephemeral(&domain());
         let other = Authority::ephemeral(&"other.example".parse().unwrap());
-        let foreign = other.issue_site(&request(), &"harbour".parse().unwrap()).unwrap();
+        let foreign = other
+            .issue_site(&request(), &"harbour".parse().unwrap(), &uid())
+            .unwrap();
         assert!(authority.peer_site(&[foreign.certificate]).is_err());
         let (chain, _) = authority.issue_provider(&Names::default()).unwrap();
         assert!(authority.peer_site(&chain).is_err());
         assert_eq!(authority.peer_site(&[]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_certificate_without_a_site_uid_speaks_for_no_site() {
+        let authority = Authority::ephemeral(&domain());
+        let site: SiteName = "harbour".parse().unwrap();
+        let id = SpiffeId::Site(domain(), site.clone());
+        let (params, ..) = authority
+            .leaf(&id, site.as_str(), ExtendedKeyUsagePurpose::ClientAuth)
+            .unwrap();
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &authority.inner.issuer).unwrap();
+        let refused = authority.peer_site(&[certificate.der().clone()]);
+        assert_eq!(refused, Err(InvalidPeer::NoUid(site)));
     }
 
     #[test]

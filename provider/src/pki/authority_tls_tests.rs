@@ -18,7 +18,11 @@ fn site(authority: &Authority, name: &str) -> Shown {
     let key = KeyPair::generate().unwrap();
     let request = CertificateParams::default().serialize_request(&key).unwrap();
     let issued = authority
-        .issue_site(request.der(), &name.parse().unwrap())
+        .issue_site(
+            request.der(),
+            &name.parse().unwrap(),
+            &Uid::from("uid-1".to_owned()),
+        )
         .unwrap();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     (vec![issued.certificate], key)
@@ -45,7 +49,7 @@ fn client(
 }
 
 /// Shakes hands and sends a byte each way; the site that the listener saw, or why either side refused.
-async fn shake(authority: &Authority, client: ClientConfig) -> Result<Option<SiteName>, String> {
+async fn shake(authority: &Authority, client: ClientConfig) -> Result<Option<SitePeer>, String> {
     let names = Names {
         dns: vec!["provider.example".to_owned()],
         ips: vec![],
@@ -81,7 +85,7 @@ async fn a_site_is_known_by_its_certificate() {
     let authority = authority("skerry.local");
     let shown = site(&authority, "harbour");
     let seen = shake(&authority, client(&authority, Some(shown), TLS13, "h2")).await;
-    assert_eq!(seen.unwrap().unwrap().as_str(), "harbour");
+    assert_eq!(seen.unwrap().unwrap().site.as_str(), "harbour");
 }
 
 #[tokio::test]

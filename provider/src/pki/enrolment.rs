@@ -8,12 +8,13 @@ use kube::Client;
 use serde_json::json;
 use skerry_proto::SiteName;
 use skerry_proto::link::{JoinRequest, JoinResponse, RenewRequest, enrolment_server};
+use skerry_proto::object::Uid;
 use skerry_proto::token::JoinToken;
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use super::tokens::{self, TokenError};
-use super::{Authority, Issued};
+use super::{Authority, Issued, SitePeer};
 use crate::sites;
 
 /// Largest certificate request taken.
@@ -90,22 +91,27 @@ impl EnrolmentService {
                 token.site, request.site
             )));
         }
-        if !sites::exists(&self.client, &token.site)
+        let presented = tokens::present(&self.client, &self.namespace, &token, Timestamp::now())
+            .await
+            .map_err(refusal)?;
+        // Only who holds a good token learns whether there is such a Site.
+        let Some(uid) = sites::uid(&self.client, &token.site)
             .await
             .map_err(|e| unavailable(&e))?
-        {
+        else {
             return Err(Status::failed_precondition(
                 TokenError::NoSite(token.site).to_string(),
             ));
+        };
+        if presented.site_uid() != uid {
+            return Err(refusal(TokenError::EarlierSite(token.site)));
         }
         // Before the token is used up: a request that cannot be signed should not cost it.
-        let issued = issue(&self.authority, &request.csr_der, &token.site)?;
-        tokens::consume(&self.client, &self.namespace, &token, Timestamp::now())
+        let issued = issue(&self.authority, &request.csr_der, &token.site, &uid)?;
+        presented
+            .consume(&self.client, &self.namespace)
             .await
-            .map_err(|e| match e {
-                TokenError::Api(error) => unavailable(&error),
-                refused => Status::permission_denied(refused.to_string()),
-            })?;
+            .map_err(refusal)?;
         tracing::info!(site = %token.site, serial = %issued.serial, "a site was enrolled");
         let status = json!({
             "state": "Enrolled",
@@ -158,10 +164,11 @@ impl enrolment_server::Enrolment for EnrolmentService {
 pub async fn renew(
     authority: &Authority,
     client: &Client,
-    site: &SiteName,
+    peer: &SitePeer,
     request: &RenewRequest,
 ) -> Result<JoinResponse, Status> {
-    let issued = issue(authority, &request.csr_der, site)?;
+    let site = &peer.site;
+    let issued = issue(authority, &request.csr_der, site, &peer.uid)?;
     tracing::info!(%site, serial = %issued.serial, "a site's certificate was renewed");
     let status = json!({"certificate": {"notAfter": issued.not_after, "serial": issued.serial}});
     if let Err(error) = sites::patch_status(client, site, status).await {
@@ -170,11 +177,11 @@ pub async fn renew(
     Ok(answer(authority, &issued))
 }
 
-fn issue(authority: &Authority, csr_der: &[u8], site: &SiteName) -> Result<Issued, Status> {
+fn issue(authority: &Authority, csr_der: &[u8], site: &SiteName, uid: &Uid) -> Result<Issued, Status> {
     if csr_der.len() > MAX_CSR_BYTES {
         return Err(Status::invalid_argument("the certificate request is too large"));
     }
-    authority.issue_site(csr_der, site).map_err(|error| {
+    authority.issue_site(csr_der, site, uid).map_err(|error| {
         Status::invalid_argument(format!("the certificate request cannot be signed: {error}"))
     })
 }
@@ -184,6 +191,13 @@ fn answer(authority: &Authority, issued: &Issued) -> JoinResponse {
         certificates_der: vec![issued.certificate.to_vec().into()],
         roots_der: vec![authority.certificate().to_vec().into()],
         trust_domain: authority.trust_domain().to_string(),
+    }
+}
+
+fn refusal(error: TokenError) -> Status {
+    match error {
+        TokenError::Api(error) => unavailable(&error),
+        refused => Status::permission_denied(refused.to_string()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Join tokens: made by an operator, used once by a site.
 //!
-//! A token is a Secret `skerry-token-<id>` that holds the SHA-256 of its secret part, its site and its expiry. Using it
+//! A token is a Secret `skerry-token-<id>` that holds the SHA-256 of its secret part, its site with the UID, and its expiry. Using it
 //! means deleting that Secret with its UID and version as preconditions, so that of two concurrent uses one fails.
 
 use std::collections::BTreeMap;
@@ -12,6 +12,7 @@ use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, PostParams, Preconditions};
 use sha2::{Digest, Sha256};
 use skerry_proto::SiteName;
+use skerry_proto::object::Uid;
 use skerry_proto::token::{JoinToken, hex};
 
 use super::Authority;
@@ -44,6 +45,11 @@ pub enum TokenError {
     /// Made for another site.
     #[error("the join token is for another site than {0}; make one with: skerry-provider token create {0}")]
     OtherSite(SiteName),
+    /// Made for a Site of that name that was deleted since.
+    #[error(
+        "the join token was made for an earlier Site {0}, which was deleted; make a new one with: skerry-provider token create {0}"
+    )]
+    EarlierSite(SiteName),
     /// The Kubernetes API refused.
     #[error("the Kubernetes API refused: {0}")]
     Api(#[from] kube::Error),
@@ -69,9 +75,9 @@ pub async fn create(
     life: Duration,
     now: Timestamp,
 ) -> Result<JoinToken, TokenError> {
-    if !sites::exists(client, site).await? {
+    let Some(uid) = sites::uid(client, site).await? else {
         return Err(TokenError::NoSite(site.clone()));
-    }
+    };
     let token = JoinToken {
         site: site.clone(),
         id: hex(&rand::random::<[u8; 6]>()),
@@ -82,14 +88,15 @@ pub async fn create(
     let expires = now.saturating_add(life).unwrap_or(Timestamp::MAX);
     let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
     secrets
-        .create(&PostParams::default(), &record(namespace, &token, expires))
+        .create(&PostParams::default(), &record(namespace, &token, &uid, expires))
         .await?;
     Ok(token)
 }
 
-fn record(namespace: &str, token: &JoinToken, expires: Timestamp) -> Secret {
+fn record(namespace: &str, token: &JoinToken, uid: &Uid, expires: Timestamp) -> Secret {
     let data = [
         ("site", token.site.to_string()),
+        ("site-uid", uid.to_string()),
         ("secret-sha256", hex(&Sha256::digest(token.secret.as_bytes()))),
         ("expires", expires.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()),
     ];
@@ -106,33 +113,56 @@ fn record(namespace: &str, token: &JoinToken, expires: Timestamp) -> Secret {
     }
 }
 
-/// Uses a token up. After this returned `Ok`, the same token is unknown.
-pub async fn consume(
+/// A token that was shown with the right secret, for the right site, in time; not used up yet.
+pub struct Presented {
+    site: SiteName,
+    record: Secret,
+}
+
+/// Looks a token up and checks it.
+pub async fn present(
     client: &Client,
     namespace: &str,
     token: &JoinToken,
     now: Timestamp,
-) -> Result<(), TokenError> {
+) -> Result<Presented, TokenError> {
     let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
     let name = secret_name(&token.id);
     let Some(secret) = secrets.get_opt(&name).await? else {
         return Err(TokenError::Unknown(token.site.clone()));
     };
     check(&secret, token, now)?;
-    let params = DeleteParams {
-        preconditions: Some(Preconditions {
-            uid: secret.metadata.uid.clone(),
-            resource_version: secret.metadata.resource_version.clone(),
-        }),
-        ..Default::default()
-    };
-    match secrets.delete(&name, &params).await {
-        Ok(_) => Ok(()),
-        // Another use was faster.
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
-            Err(TokenError::Unknown(token.site.clone()))
+    Ok(Presented {
+        site: token.site.clone(),
+        record: secret,
+    })
+}
+
+impl Presented {
+    /// UID of the Site that the token was made for.
+    pub fn site_uid(&self) -> Uid {
+        Uid::from(text(&self.record, "site-uid"))
+    }
+
+    /// Uses the token up. After this returned `Ok`, the same token is unknown.
+    pub async fn consume(self, client: &Client, namespace: &str) -> Result<(), TokenError> {
+        let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+        let metadata = self.record.metadata;
+        let params = DeleteParams {
+            preconditions: Some(Preconditions {
+                uid: metadata.uid,
+                resource_version: metadata.resource_version,
+            }),
+            ..Default::default()
+        };
+        match secrets.delete(&metadata.name.unwrap_or_default(), &params).await {
+            Ok(_) => Ok(()),
+            // Another use was faster.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
+                Err(TokenError::Unknown(self.site))
+            }
+            Err(error) => Err(error.into()),
         }
-        Err(error) => Err(error.into()),
     }
 }
 
@@ -217,7 +247,7 @@ mod tests {
     fn only_the_right_secret_for_the_right_site_in_time_passes() {
         let now: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         let later: Timestamp = "2026-01-02T00:00:00Z".parse().unwrap();
-        let secret = record("ns", &token("harbour", 'a'), later);
+        let secret = record("ns", &token("harbour", 'a'), &Uid::from("u".to_owned()), later);
         assert!(check(&secret, &token("harbour", 'a'), now).is_ok());
         assert!(matches!(
             check(&secret, &token("harbour", 'b'), now),
@@ -235,7 +265,12 @@ mod tests {
 
     #[test]
     fn the_stored_record_does_not_hold_the_secret() {
-        let secret = record("ns", &token("harbour", 'a'), Timestamp::UNIX_EPOCH);
+        let secret = record(
+            "ns",
+            &token("harbour", 'a'),
+            &Uid::from("u".to_owned()),
+            Timestamp::UNIX_EPOCH,
+        );
         assert!(!serde_json::to_string(&secret).unwrap().contains(&"a".repeat(32)));
     }
 }

@@ -25,6 +25,10 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
         Scenario::once("a token does not enrol another Site", other_site),
         Scenario::once("a certificate does not speak for another Site", other_certificate),
         Scenario::once(
+            "a Site declared anew takes neither the old certificate nor an old token",
+            anew,
+        ),
+        Scenario::once(
             "enrolling at a provider that is not there fails clearly",
             no_provider_to_join,
         ),
@@ -146,6 +150,10 @@ fn goes(t: &Test<'_>) {
     let site = t.own_site();
     t.kubectl
         .run(&["delete", "site", site.name(), "--timeout", "30s"]);
+    node_goes(t, &site);
+}
+
+fn node_goes(t: &Test<'_>, site: &Site) {
     eventually(SOON, "the Node is gone", || {
         match t.kubectl.attempt(&["get", "node", site.name()]) {
             Err(e) if e.contains("NotFound") => Ok(()),
@@ -255,7 +263,8 @@ fn other_certificate(t: &Test<'_>) {
     let mut daemon = Daemon::start("skerry-edge", site.edge_command(), &site.dir().join("edge.log"));
     eventually(SOON, "the daemon says why it is refused", || {
         let log = daemon.log();
-        if log.contains("certificate") && log.contains(site.name()) {
+        // The provider's words: the daemon believes what its file says.
+        if log.contains("the certificate is for site") && log.contains(site.name()) {
             Ok(())
         } else {
             Err(daemon.log_tail())
@@ -272,6 +281,47 @@ fn other_certificate(t: &Test<'_>) {
         json!({"containers": [{"command": ["sh", "-c", "sleep 1000"]}]}),
     ));
     skerry_tests::pods::ready(&t.kubectl, "pod");
+}
+
+fn anew(t: &Test<'_>) {
+    let mut site = t.own_site();
+    let old_token = t.cluster.token(site.name(), &[]);
+    t.kubectl
+        .run(&["delete", "site", site.name(), "--timeout", "30s"]);
+    t.cluster.declare(site.name());
+    let out = join(
+        &t.cluster.link().to_string(),
+        &old_token,
+        &site.dir().join("old-token"),
+    );
+    let seen = text(&out);
+    assert!(!out.status.success() && seen.contains("earlier Site"), "{seen}");
+    // What was connected is told, and comes back to be refused.
+    eventually(SOON, "the daemon says why it is refused", || {
+        let log = site.log_tail();
+        if log.contains("earlier Site") || log.contains("declared anew") {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    });
+    site.kill_edge();
+    site.start_edge();
+    eventually(SOON, "the old certificate is refused", || {
+        let log = site.log_tail();
+        if log.contains("earlier Site") {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    });
+    node_goes(t, &site);
+    // A new token makes it a site of the cluster again, on the same disk.
+    assert_eq!(site.stop_edge(), 0);
+    let out = site.rejoin(&t.cluster.token(site.name(), &[]));
+    assert!(out.status.success(), "{}", text(&out));
+    site.start_edge();
+    site.wait_ready();
 }
 
 fn no_provider_to_join(t: &Test<'_>) {
