@@ -17,5 +17,6 @@ pub mod node;
 pub mod pods;
 pub mod readiness;
 pub mod runtime;
+pub mod stats;
 pub mod store;
 pub mod streams;

@@ -6,6 +6,7 @@
 //! * [`token`]: the join token;
 //! * [`object`]: how an API object is hashed and packed for the link;
 //! * [`device`]: the Device API as both sides read it;
+//! * [`stats`]: what a node and its pods use;
 //! * [`limits`]: sizes that both sides enforce.
 
 pub mod device;
@@ -13,6 +14,7 @@ pub mod limits;
 pub mod object;
 mod site;
 mod spiffe;
+pub mod stats;
 pub mod token;
 
 pub use site::{InvalidSiteName, SiteName};

@@ -91,6 +91,9 @@ impl Runtime for Scripted {
     async fn list(&self) -> Result<Inventory, RuntimeError> {
         Ok(self.state.lock().unwrap().clone())
     }
+    async fn stats(&self, _: &Inventory) -> Result<crate::runtime::RuntimeUse, RuntimeError> {
+        Ok(crate::runtime::RuntimeUse::default())
+    }
     fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }

@@ -463,6 +463,58 @@ pub struct StreamedProcess {
     pub exit: tokio::sync::oneshot::Receiver<i32>,
 }
 
+/// Where the use of one running container can be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ContainerUse {
+    /// Its control groups.
+    pub cgroups: CgroupPaths,
+    /// A process in its network namespace; `None` when it has the host's.
+    pub network_pid: Option<i32>,
+    /// Its processes descend from this one, which is not its own. For what the control groups do not tell.
+    pub supervisor: Option<i32>,
+    /// What it has written beside its volumes, as far as the runtime keeps count.
+    pub writable_layer: Option<DiskUse>,
+    /// A directory with what it has written beside its volumes, to be counted.
+    pub writable_dir: Option<PathBuf>,
+}
+
+/// Directories of a container's control groups, by what they count. On a unified hierarchy all are one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CgroupPaths {
+    /// Processor time used.
+    pub cpuacct: Option<PathBuf>,
+    /// Processor limits.
+    pub cpu: Option<PathBuf>,
+    /// Memory.
+    pub memory: Option<PathBuf>,
+    /// Processes.
+    pub pids: Option<PathBuf>,
+    /// Block devices.
+    pub blkio: Option<PathBuf>,
+    /// The unified hierarchy: everything, where there is no other.
+    pub unified: Option<PathBuf>,
+}
+
+/// Bytes and inodes in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskUse {
+    /// Bytes.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+}
+
+/// What a runtime says of the use of its containers and disks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuntimeUse {
+    /// Running containers.
+    pub containers: std::collections::HashMap<ContainerId, ContainerUse>,
+    /// A directory on the file system of the images, and what they use; `None` without images.
+    pub images: Option<(PathBuf, DiskUse)>,
+    /// A directory on the file system of the writable layers, when it is another one than the images'.
+    pub layers: Option<PathBuf>,
+}
+
 /// A container runtime.
 ///
 /// Implementations are cheap to share (`Arc<dyn Runtime>`) and may be called concurrently. Every method is
@@ -484,6 +536,10 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// Everything that Skerry runs. Complete or an error, never a part.
     async fn list(&self) -> Result<Inventory, RuntimeError>;
+
+    /// Where the use of the running containers in `inventory` can be read. For [`stats`](crate::stats), which reads it;
+    /// a container that ends meanwhile is left out.
+    async fn stats(&self, inventory: &Inventory) -> Result<RuntimeUse, RuntimeError>;
 
     /// A counter that moves whenever something in [`Runtime::list`] may have changed. It may move without cause;
     /// a change is never missed for longer than ten seconds.

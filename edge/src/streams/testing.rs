@@ -139,6 +139,9 @@ impl Runtime for FakeRuntime {
         })
     }
 
+    async fn stats(&self, _: &Inventory) -> Result<crate::runtime::RuntimeUse, RuntimeError> {
+        Err(unsupported())
+    }
     fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }

@@ -297,6 +297,54 @@ impl Client {
             .ok_or(RuntimeError::NotFound(object))
     }
 
+    /// The number of a sandbox's first process; 0 when the engine does not tell.
+    pub(super) async fn sandbox_pid(&self, id: &str) -> Result<i32, RuntimeError> {
+        let request = api::PodSandboxStatusRequest {
+            pod_sandbox_id: id.to_owned(),
+            verbose: true,
+        };
+        Self::within(CALL_LIMIT, self.runtime.clone().pod_sandbox_status(request))
+            .await
+            .map(|answer| pid(&answer.info))
+            .map_err(|status| self.error(&format!("sandbox {id}"), &status))
+    }
+
+    /// The number of a container's first process; 0 when the engine does not tell, or it does not run.
+    pub(super) async fn container_pid(&self, id: &str) -> Result<i32, RuntimeError> {
+        let request = api::ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: true,
+        };
+        Self::within(CALL_LIMIT, self.runtime.clone().container_status(request))
+            .await
+            .map(|answer| pid(&answer.info))
+            .map_err(|status| self.error(&format!("container {id}"), &status))
+    }
+
+    /// What our containers use.
+    pub(super) async fn container_stats(&self) -> Result<Vec<api::ContainerStats>, RuntimeError> {
+        let request = api::ListContainerStatsRequest {
+            filter: Some(api::ContainerStatsFilter {
+                label_selector: self.ours(),
+                ..api::ContainerStatsFilter::default()
+            }),
+        };
+        Self::within(CALL_LIMIT, self.runtime.clone().list_container_stats(request))
+            .await
+            .map(|answer| answer.stats)
+            .map_err(|status| self.error("the use of containers", &status))
+    }
+
+    /// What images use.
+    pub(super) async fn image_fs_info(&self) -> Result<api::ImageFsInfoResponse, RuntimeError> {
+        Self::within(
+            CALL_LIMIT,
+            self.images.clone().image_fs_info(api::ImageFsInfoRequest {}),
+        )
+        .await
+        .map_err(|status| self.error("the use of images", &status))
+    }
+
     /// The stream of events; it opens with the first one. No time limit.
     pub(super) async fn events(&self) -> Result<Streaming<api::ContainerEventResponse>, Status> {
         let request = Request::new(api::GetEventsRequest {});
@@ -413,6 +461,15 @@ impl Client {
             .map(|answer| answer.url)
             .map_err(|status| self.error(&format!("sandbox {id}"), &status))
     }
+}
+
+/// `pid` in the JSON under `info`, as containerd and CRI-O give it.
+fn pid(info: &std::collections::HashMap<String, String>) -> i32 {
+    let parsed = info
+        .get("info")
+        .and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    let pid = parsed.and_then(|value| value["pid"].as_i64());
+    pid.and_then(|pid| i32::try_from(pid).ok()).unwrap_or(0)
 }
 
 fn image_spec(image: &str) -> api::ImageSpec {

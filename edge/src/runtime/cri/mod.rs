@@ -5,6 +5,7 @@
 //! * [`config`]: what a pod wants, in CRI's words;
 //! * [`inventory`]: what the runtime has, in ours, asking only about what has changed;
 //! * [`changes`]: notices that something has changed;
+//! * [`usage`]: where the use of containers is read;
 //! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken.
 //!
 //! The runtime keeps all state: a new [`CriRuntime`] on the same socket sees what an earlier one made. The engine may
@@ -17,6 +18,7 @@ mod config;
 mod failure;
 mod inventory;
 mod reserved;
+mod usage;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -27,7 +29,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Runtime,
-    RuntimeError, RuntimeStatus, RuntimeVersion, SandboxConfig, SandboxId, StreamEndpoint,
+    RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId, StreamEndpoint,
 };
 use client::Client;
 
@@ -44,6 +46,7 @@ pub struct CriRuntime {
     client: Client,
     inventory: inventory::Cache,
     changes: changes::Counter,
+    usage: usage::Cache,
     _background: DropGuard,
 }
 
@@ -66,6 +69,7 @@ impl CriRuntime {
             client,
             inventory: inventory::Cache::default(),
             changes,
+            usage: usage::Cache::default(),
             _background: background.drop_guard(),
         }
     }
@@ -106,6 +110,10 @@ impl Runtime for CriRuntime {
 
     async fn list(&self) -> Result<Inventory, RuntimeError> {
         self.inventory.list(&self.client).await
+    }
+
+    async fn stats(&self, inventory: &Inventory) -> Result<RuntimeUse, RuntimeError> {
+        self.usage.read(&self.client, inventory).await
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

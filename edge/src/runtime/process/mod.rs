@@ -46,6 +46,7 @@ mod record;
 mod rootfs;
 pub mod shim;
 mod store;
+mod usage;
 
 use std::ffi::OsString;
 use std::io;
@@ -65,7 +66,7 @@ use self::record::{ContainerRecord, ExitRecord, ProcessIdentity, RunRecord, Sand
 use self::store::Store;
 use super::{
     ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Runtime,
-    RuntimeError, RuntimeStatus, RuntimeVersion, SandboxConfig, SandboxId, StreamEndpoint,
+    RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId, StreamEndpoint,
 };
 
 /// Names of the records in a state directory.
@@ -260,6 +261,10 @@ impl Runtime for ProcessRuntime {
 
     async fn list(&self) -> Result<Inventory, RuntimeError> {
         self.store().list()
+    }
+
+    async fn stats(&self, inventory: &Inventory) -> Result<RuntimeUse, RuntimeError> {
+        Ok(usage::read(self.store(), inventory))
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
