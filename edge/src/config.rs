@@ -7,6 +7,9 @@ use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use skerry_telemetry::config;
 
+use crate::cgroup::Driver;
+use crate::node::{Reserved, Shares};
+
 pub use skerry_telemetry::config::ConfigError;
 
 /// Read when it exists and no other file is named.
@@ -22,6 +25,24 @@ pub enum RuntimeKind {
     Cri,
     /// No container engine: commands run as supervised processes of the host.
     Process,
+}
+
+/// Who makes cgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum CgroupDriver {
+    /// The engine itself.
+    Cgroupfs,
+    /// systemd.
+    Systemd,
+}
+
+/// A quantity in units of so many thousandths, 0 when absent.
+fn reserved(key: &str, text: Option<&str>, unit: i128) -> Result<u64, ConfigError> {
+    let Some(text) = text else { return Ok(0) };
+    crate::pods::quantity_milli(text)
+        .and_then(|milli| u64::try_from(milli / unit).ok())
+        .ok_or_else(|| ConfigError::Value(format!("{key} {text:?} must be a quantity such as 250m or 256Mi")))
 }
 
 /// Settings as flags and environment variables give them; each may also stand in the file.
@@ -59,6 +80,22 @@ pub struct Settings {
     /// Most pods on this site [default: 110]
     #[arg(long, env = "SKERRY_MAX_PODS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub max_pods: Option<u32>,
+    /// Processors kept back from pods, for example 250m [default: 0]
+    #[arg(long, env = "SKERRY_RESERVED_CPU", value_name = "QUANTITY")]
+    pub reserved_cpu: Option<String>,
+    /// Memory kept back from pods, for example 256Mi [default: 0]
+    #[arg(long, env = "SKERRY_RESERVED_MEMORY", value_name = "QUANTITY")]
+    pub reserved_memory: Option<String>,
+    /// Part of the node's file system kept back from pods, for example 1Gi [default: 0]
+    #[arg(long, env = "SKERRY_RESERVED_EPHEMERAL_STORAGE", value_name = "QUANTITY")]
+    pub reserved_ephemeral_storage: Option<String>,
+    /// Most processes and threads in a pod [default: no limit]
+    #[arg(long, env = "SKERRY_POD_PIDS_LIMIT", value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub pod_pids_limit: Option<u64>,
+    /// Who makes cgroups in an engine that does not tell (containerd before 2.0): cgroupfs or systemd
+    /// [default: cgroupfs]
+    #[arg(long, env = "SKERRY_CGROUP_DRIVER", value_name = "DRIVER")]
+    pub cgroup_driver: Option<CgroupDriver>,
     /// Modbus TCP server of Devices that name none
     #[arg(long, env = "SKERRY_MODBUS_ENDPOINT", value_name = "HOST:PORT")]
     pub modbus_endpoint: Option<String>,
@@ -94,8 +131,12 @@ pub struct Config {
     pub cluster_dns: Vec<IpAddr>,
     /// See [`Settings::cluster_domain`].
     pub cluster_domain: String,
-    /// See [`Settings::max_pods`].
-    pub max_pods: u32,
+    /// What of the machine is for pods.
+    pub shares: Shares,
+    /// See [`Settings::pod_pids_limit`].
+    pub pod_pids_limit: Option<u64>,
+    /// See [`Settings::cgroup_driver`].
+    pub cgroup_driver: Driver,
     /// See [`Settings::modbus_endpoint`].
     pub modbus_endpoint: Option<String>,
     /// See [`Settings::metrics_listen`].
@@ -131,6 +172,13 @@ impl Settings {
             },
             cluster_domain: self.cluster_domain.or(file.cluster_domain),
             max_pods: self.max_pods.or(file.max_pods),
+            reserved_cpu: self.reserved_cpu.or(file.reserved_cpu),
+            reserved_memory: self.reserved_memory.or(file.reserved_memory),
+            reserved_ephemeral_storage: self
+                .reserved_ephemeral_storage
+                .or(file.reserved_ephemeral_storage),
+            pod_pids_limit: self.pod_pids_limit.or(file.pod_pids_limit),
+            cgroup_driver: self.cgroup_driver.or(file.cgroup_driver),
             modbus_endpoint: self.modbus_endpoint.or(file.modbus_endpoint),
             metrics_listen: self.metrics_listen.or(file.metrics_listen),
             log: self.log.or(file.log),
@@ -170,6 +218,15 @@ impl Settings {
                 "modbus-endpoint {endpoint:?} must be HOST:PORT"
             )));
         }
+        let reserved = Reserved {
+            cpu_milli: reserved("reserved-cpu", self.reserved_cpu.as_deref(), 1)?,
+            memory_bytes: reserved("reserved-memory", self.reserved_memory.as_deref(), 1000)?,
+            ephemeral_bytes: reserved(
+                "reserved-ephemeral-storage",
+                self.reserved_ephemeral_storage.as_deref(),
+                1000,
+            )?,
+        };
         let default_logs = if nix::unistd::geteuid().is_root() {
             PathBuf::from("/var/log/pods")
         } else {
@@ -185,7 +242,16 @@ impl Settings {
             node_ip: self.node_ip,
             cluster_dns: self.cluster_dns,
             cluster_domain: self.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
-            max_pods: self.max_pods.unwrap_or(110),
+            shares: Shares {
+                max_pods: self.max_pods.unwrap_or(110),
+                reserved,
+                ..Shares::default()
+            },
+            pod_pids_limit: self.pod_pids_limit,
+            cgroup_driver: match self.cgroup_driver {
+                Some(CgroupDriver::Systemd) => Driver::Systemd,
+                Some(CgroupDriver::Cgroupfs) | None => Driver::Cgroupfs,
+            },
             modbus_endpoint: self.modbus_endpoint,
             metrics_listen,
             log: self.log.unwrap_or_else(|| "info".to_owned()),
@@ -215,7 +281,7 @@ mod tests {
             ..Default::default()
         };
         let config = resolve("max-pods = 9\nruntime = 'process'\ndata-dir = '/data'\n", flags).unwrap();
-        assert_eq!(config.max_pods, 5);
+        assert_eq!(config.shares.max_pods, 5);
         assert_eq!(config.runtime, RuntimeKind::Process);
         assert_eq!(config.root_dir, Path::new("/data/pods"));
     }
@@ -232,6 +298,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_reserved_is_read_as_quantities() {
+        let config = resolve(
+            "reserved-cpu = '250m'\nreserved-memory = '1Gi'\n",
+            Settings::default(),
+        )
+        .unwrap();
+        assert_eq!(config.shares.reserved.cpu_milli, 250);
+        assert_eq!(config.shares.reserved.memory_bytes, 1 << 30);
+    }
+
+    #[test]
     fn values_that_cannot_work_are_refused() {
         for wrong in [
             "runtime-endpoint = 'tcp://x'",
@@ -239,6 +316,9 @@ mod tests {
             "metrics-listen = '0.0.0.0:1'",
             "modbus-endpoint = 'host'",
             "log-format = 'xml'",
+            "reserved-cpu = 'much'",
+            "reserved-memory = '-1Gi'",
+            "cgroup-driver = 'x'",
         ] {
             assert!(resolve(wrong, Settings::default()).is_err(), "{wrong}");
         }

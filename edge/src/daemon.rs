@@ -75,6 +75,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             pod_log_dir: config.pod_log_dir.clone(),
             cluster_dns: config.cluster_dns.clone(),
             cluster_domain: config.cluster_domain.clone(),
+            shares: config.shares,
+            cgroups: true,
+            pod_pids_limit: config.pod_pids_limit,
+            data_dir: config.data_dir.clone(),
             ..PodsConfig::default()
         },
         store.clone(),
@@ -109,7 +113,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         NodeConfig {
             site,
             data_dir: config.data_dir.clone(),
-            max_pods: config.max_pods,
+            shares: config.shares,
             fallback_machine_id: store.id().to_owned(),
         },
         store.clone(),
@@ -146,7 +150,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
 
 fn runtime(config: &Config, site: &str) -> Result<Arc<dyn Runtime>, DaemonError> {
     Ok(match config.runtime {
-        RuntimeKind::Cri => Arc::new(CriRuntime::connect(config.runtime_socket.clone(), site)),
+        RuntimeKind::Cri => {
+            let cri = CriRuntime::connect(config.runtime_socket.clone(), site);
+            Arc::new(cri.with_cgroup_driver(config.cgroup_driver))
+        }
         RuntimeKind::Process => {
             let program = std::env::current_exe().map_err(DaemonError::Program)?;
             let shim = vec![program.into_os_string(), "shim".into()];

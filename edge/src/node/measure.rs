@@ -1,5 +1,6 @@
 //! What the machine is and has.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -17,13 +18,15 @@ const KUBELET_VERSION: &str = concat!("v1.36.3-skerry.", env!("CARGO_PKG_VERSION
 /// One look at the machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Machine {
-    cpus: usize,
-    memory_bytes: u64,
-    memory_available_bytes: u64,
-    disk_bytes: u64,
-    disk_available_bytes: u64,
-    pids: u64,
-    pids_max: u64,
+    pub(super) cpus: usize,
+    pub(super) memory_bytes: u64,
+    pub(super) memory_available_bytes: u64,
+    pub(super) disk_bytes: u64,
+    pub(super) disk_available_bytes: u64,
+    pub(super) pids: u64,
+    pub(super) pids_max: u64,
+    /// Bytes by size of the page.
+    pub(super) huge_pages: BTreeMap<u64, u64>,
 }
 
 /// What runs short.
@@ -53,26 +56,8 @@ impl Machine {
             disk_available_bytes,
             pids: pids_in_use(),
             pids_max: first_number("/proc/sys/kernel/pid_max"),
+            huge_pages: super::capacity::huge_pages(),
         }
-    }
-
-    pub(super) fn capacity(&self, max_pods: u32) -> Value {
-        json!({
-            "cpu": self.cpus.to_string(),
-            "memory": format!("{}Ki", self.memory_bytes / 1024),
-            "ephemeral-storage": format!("{}Ki", self.disk_bytes / 1024),
-            "pods": max_pods.to_string(),
-        })
-    }
-
-    pub(super) fn allocatable(&self, max_pods: u32) -> Value {
-        let disk = self.disk_bytes - self.disk_bytes / 100 * DISK_RESERVE_PERCENT;
-        json!({
-            "cpu": self.cpus.to_string(),
-            "memory": format!("{}Ki", self.memory_bytes.saturating_sub(MEMORY_RESERVE_BYTES) / 1024),
-            "ephemeral-storage": format!("{}Ki", disk / 1024),
-            "pods": max_pods.to_string(),
-        })
     }
 
     pub(super) fn pressure(&self) -> Pressure {

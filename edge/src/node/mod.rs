@@ -3,6 +3,7 @@
 //! In: `/proc`, `/sys`, the file system, the runtime. Out: `NodeStatusReport`s through the outbox: at start, when
 //! something changes, every five minutes, and once after each reconnection.
 
+pub(crate) mod capacity;
 mod measure;
 
 use std::collections::HashMap;
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::link::LinkStatus;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::store::{NewReport, Store};
+pub use capacity::{Reserved, Shares};
 use measure::{Machine, Pressure};
 
 /// How often the machine is looked at.
@@ -38,8 +40,8 @@ pub struct NodeConfig {
     pub site: SiteName,
     /// File system whose size is the node's ephemeral storage.
     pub data_dir: PathBuf,
-    /// Most pods.
-    pub max_pods: u32,
+    /// What of the machine is for pods.
+    pub shares: Shares,
     /// `nodeInfo.machineID` where the machine has none.
     pub fallback_machine_id: String,
 }
@@ -105,6 +107,11 @@ fn new_report(config: &NodeConfig, status: &Value) -> NewReport {
     }
 }
 
+/// Memory of this machine in bytes.
+pub(crate) fn memory_capacity(data_dir: &std::path::Path) -> i64 {
+    i64::try_from(Machine::measure(data_dir).memory_bytes).unwrap_or(i64::MAX)
+}
+
 async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
     let machine = Machine::measure(&config.data_dir);
     let runtime_ready = runtime_condition(runtime.status().await);
@@ -115,8 +122,8 @@ async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
         .unwrap_or_default();
     let images = runtime.list_images().await.unwrap_or_default();
     json!({
-        "capacity": machine.capacity(config.max_pods),
-        "allocatable": machine.allocatable(config.max_pods),
+        "capacity": config.shares.capacity(&machine).to_json(),
+        "allocatable": config.shares.allocatable(&machine).to_json(),
         "conditions": conditions(&machine.pressure(), &runtime_ready),
         "nodeInfo": machine.info(&version, &config.fallback_machine_id),
         "images": images_of(images),

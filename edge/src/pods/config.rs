@@ -1,115 +1,10 @@
-//! Spec fields as the runtime wants them: cgroup values, identity and powers, published ports.
-
-use std::collections::BTreeMap;
+//! Spec fields as the runtime wants them: identity and powers, published ports.
 
 use k8s_openapi::api::core::v1::{Container, Pod};
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use super::env::ConfigError;
 use super::plan::{inits, is_sidecar, regulars};
-use super::quantity;
-use crate::runtime::{Image, PortMapping, Resources, Security};
-
-/// CFS period in microseconds.
-const PERIOD: i64 = 100_000;
-
-/// A pod's quality of service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Qos {
-    Guaranteed,
-    Burstable,
-    BestEffort,
-}
-
-fn amount(list: Option<&BTreeMap<String, Quantity>>, name: &str) -> Option<i128> {
-    quantity::milli(list?.get(name)?).filter(|m| *m > 0)
-}
-
-/// Request (the limit when there is none) and limit of a container, in thousandths.
-fn request_and_limit(container: &Container, name: &str) -> (Option<i128>, Option<i128>) {
-    let resources = container.resources.as_ref();
-    let limit = resources.and_then(|r| amount(r.limits.as_ref(), name));
-    let request = resources
-        .and_then(|r| amount(r.requests.as_ref(), name))
-        .or(limit);
-    (request, limit)
-}
-
-/// The class that the API server would give.
-pub(crate) fn qos(pod: &Pod) -> Qos {
-    match pod.status.as_ref().and_then(|s| s.qos_class.as_deref()) {
-        Some("Guaranteed") => return Qos::Guaranteed,
-        Some("Burstable") => return Qos::Burstable,
-        Some("BestEffort") => return Qos::BestEffort,
-        _ => {}
-    }
-    let mut any = false;
-    let mut all = true;
-    for container in inits(pod).iter().chain(regulars(pod)) {
-        for name in ["cpu", "memory"] {
-            let (request, limit) = request_and_limit(container, name);
-            any |= request.is_some();
-            all &= limit.is_some() && request == limit;
-        }
-    }
-    match (any, all) {
-        (false, _) => Qos::BestEffort,
-        (true, true) => Qos::Guaranteed,
-        (true, false) => Qos::Burstable,
-    }
-}
-
-/// Parent cgroup of a pod's containers, relative to the controllers' roots.
-pub(crate) fn cgroup_parent(pod: &Pod) -> String {
-    let uid = pod.metadata.uid.as_deref().unwrap_or_default();
-    match qos(pod) {
-        Qos::Guaranteed => format!("/kubepods/pod{uid}"),
-        Qos::Burstable => format!("/kubepods/burstable/pod{uid}"),
-        Qos::BestEffort => format!("/kubepods/besteffort/pod{uid}"),
-    }
-}
-
-/// A container's cgroup values. `memory_capacity` is the node's, in bytes.
-pub(crate) fn resources(pod: &Pod, container: &Container, memory_capacity: i64) -> Resources {
-    let (cpu_request, cpu_limit) = request_and_limit(container, "cpu");
-    let (_, memory_limit) = request_and_limit(container, "memory");
-    let narrow = |value: i128| i64::try_from(value).unwrap_or(i64::MAX);
-    let mut oom_score_adj = oom_score_adj(pod, container, memory_capacity);
-    if is_sidecar(container) && inits(pod).iter().any(|c| c.name == container.name) {
-        let smallest = regulars(pod)
-            .iter()
-            .map(|c| self::oom_score_adj(pod, c, memory_capacity))
-            .min();
-        oom_score_adj = oom_score_adj.min(smallest.unwrap_or(oom_score_adj));
-    }
-    Resources {
-        cpu_shares: cpu_request.map_or(2, |m| narrow(m * 1024 / 1000).clamp(2, 262_144)),
-        cpu_quota: cpu_limit.map_or(0, |m| narrow(m * i128::from(PERIOD) / 1000).max(1000)),
-        cpu_period: if cpu_limit.is_some() { PERIOD } else { 0 },
-        memory_limit_bytes: memory_limit.map_or(0, |m| narrow(m / 1000)),
-        oom_score_adj,
-    }
-}
-
-fn oom_score_adj(pod: &Pod, container: &Container, memory_capacity: i64) -> i64 {
-    if pod.spec.as_ref().and_then(|s| s.priority).unwrap_or(0) >= 2_000_001_000 {
-        return -997;
-    }
-    match qos(pod) {
-        Qos::Guaranteed => -997,
-        Qos::BestEffort => 1000,
-        Qos::Burstable => {
-            let (request, _) = request_and_limit(container, "memory");
-            let bytes = request.unwrap_or(0) / 1000;
-            let share = if memory_capacity > 0 {
-                1000 * bytes / i128::from(memory_capacity)
-            } else {
-                0
-            };
-            i64::try_from(1000 - share).unwrap_or(3).clamp(3, 999)
-        }
-    }
-}
+use crate::runtime::{Image, PortMapping, Security};
 
 /// Identity and powers of a container, the pod's settings below its own.
 pub(crate) fn security(
@@ -249,42 +144,7 @@ pub(crate) fn port_mappings(pod: &Pod) -> Vec<PortMapping> {
 mod tests {
     use super::super::fixtures::pod;
     use super::*;
-    use serde_json::{Value, json};
-
-    fn with_resources(resources: Value) -> Pod {
-        pod(json!({"containers": [{"name": "c", "resources": resources}]}))
-    }
-
-    fn of(pod: &Pod) -> Resources {
-        resources(pod, &regulars(pod)[0], 1 << 30)
-    }
-
-    #[test]
-    fn requests_and_limits_become_cgroup_values() {
-        let r = of(&with_resources(
-            json!({"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"cpu": "500m", "memory": "768Mi"}}),
-        ));
-        assert_eq!((r.cpu_shares, r.cpu_quota, r.cpu_period), (256, 50_000, 100_000));
-        assert_eq!((r.memory_limit_bytes, r.oom_score_adj), (768 << 20, 500));
-    }
-
-    #[test]
-    fn the_quality_of_service_gives_the_oom_score_and_the_cgroup() {
-        let best = with_resources(json!({}));
-        assert_eq!((of(&best).cpu_shares, of(&best).oom_score_adj), (2, 1000));
-        assert!(cgroup_parent(&best).starts_with("/kubepods/besteffort/pod1111"));
-        let sure = with_resources(json!({"limits": {"cpu": "1", "memory": "1Gi"}}));
-        assert_eq!((qos(&sure), of(&sure).oom_score_adj), (Qos::Guaranteed, -997));
-        assert!(cgroup_parent(&sure).starts_with("/kubepods/pod"));
-    }
-
-    #[test]
-    fn a_tiny_limit_keeps_the_smallest_quota() {
-        assert_eq!(
-            of(&with_resources(json!({"limits": {"cpu": "1m"}}))).cpu_quota,
-            1000
-        );
-    }
+    use serde_json::json;
 
     #[test]
     fn a_kernel_parameter_that_is_not_safe_is_named() {

@@ -15,8 +15,8 @@ use super::message::message_file;
 use super::network;
 use super::objects::Objects;
 use super::plan::{inits, regulars, spec_hash};
-use super::quantity;
 use super::record::State;
+use super::resources;
 use super::status::Waiting;
 use super::volumes::{Subpath, prepare_subpath};
 use super::worker::{SyncError, Worker};
@@ -27,6 +27,9 @@ use crate::runtime::{
 impl Worker {
     /// Makes the pod's sandbox; answers whether it is there.
     pub(super) async fn run_sandbox(&mut self, pod: &Pod, attempt: u32) -> Result<bool, SyncError> {
+        if !self.make_cgroup(pod).await? {
+            return Ok(false);
+        }
         let config = self.sandbox_config(pod, attempt).await;
         let io = |path: &Path, error| SyncError::Io {
             path: path.to_owned(),
@@ -96,7 +99,7 @@ impl Worker {
             ports: config::port_mappings(pod),
             labels: self.labels(pod, None),
             annotations: pod.metadata.annotations.clone().unwrap_or_default(),
-            cgroup_parent: config::cgroup_parent(pod),
+            cgroup_parent: self.cgroup_parent(pod),
             namespaces: NamespaceOptions {
                 host_network: spec.host_network.unwrap_or(false),
                 host_pid: spec.host_pid.unwrap_or(false),
@@ -342,10 +345,6 @@ impl Worker {
                 .map(|text| env::expand(text, &known))
                 .collect()
         };
-        let memory = objects
-            .node()
-            .and_then(|n| n.status?.capacity?.get("memory").and_then(quantity::value))
-            .unwrap_or(0);
         let message_path = container
             .termination_message_path
             .as_deref()
@@ -376,7 +375,12 @@ impl Worker {
             stdin: container.stdin.unwrap_or(false),
             stdin_once: container.stdin_once.unwrap_or(false),
             tty: container.tty.unwrap_or(false),
-            resources: config::resources(pod, container, memory),
+            resources: resources::container_values(
+                pod,
+                container,
+                self.shared.groups.memory_capacity,
+                &self.shared.groups.kernel,
+            ),
             security: config::security(pod, container, image, self.shared.config.seccomp_default)?,
         })
     }

@@ -22,6 +22,7 @@ mod env;
 mod events;
 #[cfg(test)]
 mod fixtures;
+mod groups;
 mod hooks;
 mod images;
 mod message;
@@ -30,6 +31,7 @@ mod objects;
 mod plan;
 mod quantity;
 mod record;
+mod resources;
 mod status;
 mod teardown;
 mod tell;
@@ -64,6 +66,13 @@ pub fn last_status(store: &Store, uid: &Uid) -> Option<PodStatus> {
     store.state_get::<PodRecord>(ROOM, uid.as_str()).ok()??.status
 }
 
+/// A quantity's text in thousandths; `None` when it is none.
+pub(crate) fn quantity_milli(text: &str) -> Option<i128> {
+    quantity::milli(&k8s_openapi::apimachinery::pkg::api::resource::Quantity(
+        text.to_owned(),
+    ))
+}
+
 /// The room's name for its records in the store.
 const ROOM: &str = "pods";
 
@@ -91,6 +100,14 @@ pub struct PodsConfig {
     pub parallel_pulls: usize,
     /// Containers without a seccomp profile get the runtime's default.
     pub seccomp_default: bool,
+    /// What of the machine is for pods.
+    pub shares: crate::node::Shares,
+    /// Pods have cgroups of their own.
+    pub cgroups: bool,
+    /// Most processes and threads in a pod.
+    pub pod_pids_limit: Option<u64>,
+    /// On the file system that counts as the node's.
+    pub data_dir: PathBuf,
 }
 
 impl Default for PodsConfig {
@@ -105,6 +122,10 @@ impl Default for PodsConfig {
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             parallel_pulls: 3,
             seccomp_default: false,
+            shares: crate::node::Shares::default(),
+            cgroups: false,
+            pod_pids_limit: None,
+            data_dir: PathBuf::from("/var/lib/skerry"),
         }
     }
 }
@@ -139,6 +160,7 @@ impl Pods {
             config.parallel_pulls,
         );
         let shared = Shared {
+            groups: groups::Groups::new(&config),
             config,
             store,
             runtime,

@@ -40,6 +40,49 @@ pub(crate) fn value(quantity: &Quantity) -> Option<i64> {
     .ok()
 }
 
+/// How a quantity is written down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// With powers of 1000: processors, say.
+    #[default]
+    Decimal,
+    /// With powers of 1024: memory, mostly.
+    Binary,
+}
+
+impl Format {
+    /// That of a quantity's text.
+    pub(crate) fn of(quantity: &Quantity) -> Self {
+        if quantity.0.ends_with('i') {
+            Self::Binary
+        } else {
+            Self::Decimal
+        }
+    }
+}
+
+#[allow(dead_code)] // Status will use it.
+/// Thousandths as the quantity that the API server would print: the largest suffix that leaves a whole number.
+pub(crate) fn from_milli(milli: i128, format: Format) -> Quantity {
+    let whole = milli % 1000 == 0;
+    let value = milli / 1000;
+    let (base, suffixes): (i128, &[&str]) = match format {
+        Format::Binary => (1024, &["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]),
+        Format::Decimal => (1000, &["", "k", "M", "G", "T", "P", "E"]),
+    };
+    if !whole {
+        return Quantity(format!("{milli}m"));
+    }
+    // Binary suffixes begin at 1024, as the API server has it.
+    let mut left = value;
+    let mut at = 0;
+    while left != 0 && left % base == 0 && at + 1 < suffixes.len() {
+        left /= base;
+        at += 1;
+    }
+    Quantity(format!("{left}{}", suffixes.get(at).copied().unwrap_or_default()))
+}
+
 /// A suffix as factor and divisor.
 fn scale(suffix: &str) -> Option<(i128, i128)> {
     Some(match suffix {
@@ -89,6 +132,22 @@ mod tests {
             assert_eq!(milli(&Quantity(text.into())), Some(expected), "{text}");
         }
         assert_eq!(value(&Quantity("1500m".into())), Some(2));
+    }
+
+    #[test]
+    fn quantities_are_written_as_the_api_server_writes_them() {
+        for (milli, format, expected) in [
+            (100, Format::Decimal, "100m"),
+            (1000, Format::Decimal, "1"),
+            (1500, Format::Decimal, "1500m"),
+            (2_000_000, Format::Decimal, "2k"),
+            ((200 << 20) * 1000, Format::Binary, "200Mi"),
+            ((1536 << 20) * 1000, Format::Binary, "1536Mi"),
+            (1000 * 1000, Format::Binary, "1000"),
+            (0, Format::Binary, "0"),
+        ] {
+            assert_eq!(from_milli(milli, format).0, expected);
+        }
     }
 
     #[test]

@@ -54,7 +54,7 @@ impl Worker {
                 message: String::new(),
             });
         }
-        self.release()?;
+        self.release().await?;
         self.record.released = true;
         self.save()?;
         self.publish(pod, true).await
@@ -101,7 +101,7 @@ impl Worker {
         for sandbox in &self.view.sandboxes {
             self.shared.runtime.remove_sandbox(&sandbox.id).await?;
         }
-        self.release()?;
+        self.release().await?;
         if !self.record.name.is_empty() {
             remove_dir(&self.log_dir())?;
         }
@@ -170,11 +170,11 @@ impl Worker {
     }
 
     /// Gives back what the pod held on the host: volumes and its directory, its cgroup.
-    pub(super) fn release(&mut self) -> Result<(), SyncError> {
+    pub(super) async fn release(&mut self) -> Result<(), SyncError> {
         let dir = self.pod_dir();
         volumes::remove(&dir).map_err(|error| SyncError::Io { path: dir, error })?;
         self.volumes.clear();
-        remove_cgroups(self.uid.as_str());
+        self.remove_cgroup(&self.uid).await;
         Ok(())
     }
 }
@@ -197,21 +197,5 @@ fn remove_dir(path: &std::path::Path) -> Result<(), SyncError> {
             error,
         }),
         _ => Ok(()),
-    }
-}
-
-/// Removes the empty cgroups of a pod, in every hierarchy that there is (v1, hybrid, v2). Best effort: the runtime
-/// made them, and an empty one costs nothing.
-fn remove_cgroups(uid: &str) {
-    let root = std::path::Path::new("/sys/fs/cgroup");
-    let hierarchies = std::fs::read_dir(root)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|e| e.path());
-    for hierarchy in hierarchies.chain([root.to_owned()]) {
-        for class in ["", "burstable", "besteffort"] {
-            let _ = std::fs::remove_dir(hierarchy.join("kubepods").join(class).join(format!("pod{uid}")));
-        }
     }
 }

@@ -22,7 +22,7 @@ use crate::runtime::{ContainerId, Runtime, RuntimeError};
 use crate::store::Store;
 
 /// Try again after an error.
-const RETRY: Duration = Duration::from_secs(10);
+pub(super) const RETRY: Duration = Duration::from_secs(10);
 /// Look again although nothing happened.
 const IDLE: Duration = Duration::from_secs(60);
 /// Rounds of look and do before the task looks up.
@@ -30,6 +30,7 @@ const MAX_ROUNDS: usize = 32;
 
 /// What every worker uses.
 pub(super) struct Shared {
+    pub(super) groups: super::groups::Groups,
     pub(super) config: PodsConfig,
     pub(super) store: Store,
     pub(super) runtime: Arc<dyn Runtime>,
@@ -347,7 +348,7 @@ impl Worker {
         if !self.record.released {
             self.stop_everything(Some(pod), grace(pod)).await?;
             self.look(pod).await?;
-            self.release()?;
+            self.release().await?;
             self.record.released = true;
             self.save()?;
         }

@@ -315,6 +315,12 @@ pub struct Resources {
     pub memory_limit_bytes: i64,
     /// `oom_score_adj`.
     pub oom_score_adj: i64,
+    /// Memory and swap together in bytes; 0 = no limit. cgroup v1 only.
+    pub memory_swap_bytes: i64,
+    /// Limits of huge pages in bytes, by size as the kernel names it (`2MB`).
+    pub huge_pages: BTreeMap<String, u64>,
+    /// Files of cgroup v2 and their values.
+    pub unified: BTreeMap<String, String>,
 }
 
 /// Identity and powers of a container's process.
@@ -593,6 +599,25 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// Prepares an attach to a running container (`request.command` is unused).
     async fn attach(&self, id: &ContainerId, request: &ExecRequest) -> Result<StreamEndpoint, RuntimeError>;
+
+    /// Gives a running container other cgroup values. What a value of zero says is left as it is.
+    async fn update_container(&self, _id: &ContainerId, _resources: &Resources) -> Result<(), RuntimeError> {
+        Err(RuntimeError::Unsupported {
+            runtime: self.scheme(),
+            what: "other resources for a running container".to_owned(),
+        })
+    }
+
+    /// Tells the runtime what its pod as a whole may use from now on, before the pod's cgroup is changed. A runtime
+    /// that does not want to know succeeds.
+    async fn update_sandbox(&self, _id: &SandboxId, _resources: &Resources) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
+    /// Who makes the containers' cgroups.
+    async fn cgroup_driver(&self) -> Result<crate::cgroup::Driver, RuntimeError> {
+        Ok(crate::cgroup::Driver::Cgroupfs)
+    }
 
     /// Prepares a port-forward into a sandbox.
     async fn port_forward(&self, id: &SandboxId, ports: &[u16]) -> Result<StreamEndpoint, RuntimeError>;

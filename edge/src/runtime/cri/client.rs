@@ -228,6 +228,57 @@ impl Client {
         .await
     }
 
+    pub(super) async fn update_container(
+        &self,
+        id: &str,
+        resources: api::LinuxContainerResources,
+    ) -> Result<(), RuntimeError> {
+        let request = api::UpdateContainerResourcesRequest {
+            container_id: id.to_owned(),
+            linux: Some(resources),
+        };
+        self.done(
+            format!("container {id}"),
+            CALL_LIMIT,
+            self.runtime.clone().update_container_resources(request),
+        )
+        .await
+    }
+
+    /// Succeeds also where the engine does not know the call.
+    pub(super) async fn update_sandbox(
+        &self,
+        id: &str,
+        resources: api::LinuxContainerResources,
+    ) -> Result<(), RuntimeError> {
+        let request = api::UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: id.to_owned(),
+            overhead: None,
+            resources: Some(resources),
+        };
+        match Self::within(
+            CALL_LIMIT,
+            self.runtime.clone().update_pod_sandbox_resources(request),
+        )
+        .await
+        {
+            Err(status) if status.code() != Code::Unimplemented => {
+                Err(self.error(&format!("sandbox {id}"), &status))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Who makes cgroups; `None` where the engine does not know the call.
+    pub(super) async fn cgroup_driver(&self) -> Result<Option<api::CgroupDriver>, RuntimeError> {
+        let request = api::RuntimeConfigRequest {};
+        match Self::within(CALL_LIMIT, self.runtime.clone().runtime_config(request)).await {
+            Ok(answer) => Ok(answer.linux.map(|linux| linux.cgroup_driver())),
+            Err(status) if status.code() == Code::Unimplemented => Ok(None),
+            Err(status) => Err(self.error("the runtime's configuration", &status)),
+        }
+    }
+
     /// A call whose answer says no more than that it worked.
     async fn done<T>(
         &self,

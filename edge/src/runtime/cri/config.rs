@@ -169,13 +169,24 @@ fn mount(mount: &Mount) -> api::Mount {
     }
 }
 
-fn resources(resources: &Resources) -> api::LinuxContainerResources {
+/// cgroup settings.
+pub(super) fn resources(resources: &Resources) -> api::LinuxContainerResources {
     api::LinuxContainerResources {
         cpu_period: resources.cpu_period,
         cpu_quota: resources.cpu_quota,
         cpu_shares: resources.cpu_shares,
         memory_limit_in_bytes: resources.memory_limit_bytes,
         oom_score_adj: resources.oom_score_adj,
+        hugepage_limits: resources
+            .huge_pages
+            .iter()
+            .map(|(size, limit)| api::HugepageLimit {
+                page_size: size.clone(),
+                limit: *limit,
+            })
+            .collect(),
+        unified: to_map(&resources.unified),
+        memory_swap_limit_in_bytes: resources.memory_swap_bytes,
     }
 }
 

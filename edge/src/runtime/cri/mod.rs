@@ -28,9 +28,11 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Runtime,
-    RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId, StreamEndpoint,
+    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Resources,
+    Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
+    StreamEndpoint,
 };
+use crate::cgroup::Driver;
 use client::Client;
 
 /// Messages and services of CRI v1, generated from `proto/cri/runtime.proto`.
@@ -47,6 +49,8 @@ pub struct CriRuntime {
     inventory: inventory::Cache,
     changes: changes::Counter,
     usage: usage::Cache,
+    /// Of an engine that cannot be asked.
+    old_engine_driver: Driver,
     _background: DropGuard,
 }
 
@@ -70,8 +74,16 @@ impl CriRuntime {
             inventory: inventory::Cache::default(),
             changes,
             usage: usage::Cache::default(),
+            old_engine_driver: Driver::default(),
             _background: background.drop_guard(),
         }
+    }
+
+    /// Who makes cgroups in an engine that does not answer that question (containerd before 2.0).
+    #[must_use]
+    pub fn with_cgroup_driver(mut self, driver: Driver) -> CriRuntime {
+        self.old_engine_driver = driver;
+        self
     }
 
     /// Tells watchers that a call of ours may have changed something, whether it answered well or not.
@@ -170,6 +182,28 @@ impl Runtime for CriRuntime {
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         self.after_change(gone_is_success(self.client.remove_container(&id.0).await))
+    }
+
+    async fn update_container(&self, id: &ContainerId, resources: &Resources) -> Result<(), RuntimeError> {
+        let outcome = self
+            .client
+            .update_container(&id.0, config::resources(resources))
+            .await;
+        self.after_change(outcome)
+    }
+
+    async fn update_sandbox(&self, id: &SandboxId, resources: &Resources) -> Result<(), RuntimeError> {
+        self.client
+            .update_sandbox(&id.0, config::resources(resources))
+            .await
+    }
+
+    async fn cgroup_driver(&self) -> Result<Driver, RuntimeError> {
+        Ok(match self.client.cgroup_driver().await? {
+            Some(api::CgroupDriver::Systemd) => Driver::Systemd,
+            Some(api::CgroupDriver::Cgroupfs) => Driver::Cgroupfs,
+            None => self.old_engine_driver,
+        })
     }
 
     async fn image_status(&self, image: &str) -> Result<Option<Image>, RuntimeError> {

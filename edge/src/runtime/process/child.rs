@@ -13,7 +13,8 @@ use nix::unistd::{Gid, Uid, User, chdir, execve, getegid, geteuid, setgid, setgr
 use serde::{Deserialize, Serialize};
 
 use super::record::{Launch, RunRecord};
-use super::{cgroup, rootfs};
+use super::rootfs;
+use crate::cgroup;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 

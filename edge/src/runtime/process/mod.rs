@@ -37,7 +37,6 @@
 //!   number.
 //! * `attach` and `port_forward` are refused: read the log, and connect to the host's port.
 
-mod cgroup;
 mod child;
 mod exec;
 mod launch;
@@ -65,8 +64,9 @@ use tokio::sync::watch;
 use self::record::{ContainerRecord, ExitRecord, ProcessIdentity, RunRecord, SandboxRecord};
 use self::store::Store;
 use super::{
-    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Runtime,
-    RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId, StreamEndpoint,
+    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Resources,
+    Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
+    StreamEndpoint,
 };
 
 /// Names of the records in a state directory.
@@ -391,6 +391,19 @@ impl Runtime for ProcessRuntime {
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         self.remove(&id.0).await
+    }
+
+    async fn update_container(&self, id: &ContainerId, resources: &Resources) -> Result<(), RuntimeError> {
+        let (dir, mut record) = self.record(id)?;
+        record.launch.resize(resources);
+        record::write(&dir, files::CONTAINER, &record).map_err(|e| {
+            RuntimeError::Failed(format!("cannot write the state of container {}: {e}", id.0))
+        })?;
+        let (_, notes) = crate::cgroup::create(&record.launch.cgroup, &record.launch.limits());
+        match notes.into_iter().next() {
+            Some(note) => Err(RuntimeError::Failed(note)),
+            None => Ok(()),
+        }
     }
 
     async fn image_status(&self, image: &str) -> Result<Option<Image>, RuntimeError> {

@@ -68,6 +68,33 @@ pub(super) struct Launch {
     pub(super) oom_score_adj: i64,
 }
 
+impl Launch {
+    /// Takes over other cgroup values; zero leaves what there is.
+    pub(super) fn resize(&mut self, resources: &crate::runtime::Resources) {
+        for (own, new) in [
+            (&mut self.cpu_shares, resources.cpu_shares),
+            (&mut self.cpu_quota, resources.cpu_quota),
+            (&mut self.cpu_period, resources.cpu_period),
+            (&mut self.memory_limit_bytes, resources.memory_limit_bytes),
+        ] {
+            if new != 0 {
+                *own = new;
+            }
+        }
+    }
+
+    /// What the container's cgroup may use.
+    pub(super) fn limits(&self) -> crate::cgroup::Values {
+        crate::cgroup::Values {
+            cpu_shares: u64::try_from(self.cpu_shares).ok().filter(|shares| *shares > 0),
+            cpu_quota: (self.cpu_quota != 0).then_some(self.cpu_quota),
+            memory_bytes: (self.memory_limit_bytes != 0).then_some(self.memory_limit_bytes),
+            die_together: true,
+            ..crate::cgroup::Values::default()
+        }
+    }
+}
+
 /// A bind mount.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -20,9 +20,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid};
 
 use super::child::{self, ChildReport};
+use super::files;
 use super::log::LineLog;
 use super::record::{self, ContainerRecord, ExitRecord, ProcessIdentity, RunRecord};
-use super::{cgroup, files};
+use crate::cgroup;
 
 /// What the shim says to the daemon once the program runs, or cannot.
 #[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
@@ -104,7 +105,7 @@ fn run(dir: &Path) -> Result<(), String> {
     close_inherited();
     let record = load(dir)?;
     let mut log = open_log(&record.log_path)?;
-    let (cgroups, notes) = cgroup::create(&record.launch);
+    let (cgroups, notes) = cgroup::create(&record.launch.cgroup, &record.launch.limits());
     match start(dir, &record, &cgroups) {
         Ok(started) => {
             let answer = supervise(dir, cgroups, notes, started, &mut log);
