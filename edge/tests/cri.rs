@@ -13,8 +13,8 @@ use containerd::{BUSYBOX, Containerd};
 use skerry_edge::runtime::cri::CriRuntime;
 use skerry_edge::runtime::{
     Container, ContainerConfig, ContainerId, ContainerState, DnsConfig, ExecRequest, Mount, NamespaceOptions,
-    Propagation, Resources, Runtime, RuntimeError, SandboxConfig, SandboxId, SandboxState, Security,
-    StreamEndpoint, labels,
+    Resources, Runtime, RuntimeError, SandboxConfig, SandboxId, SandboxState, Security, StreamEndpoint,
+    labels,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -51,6 +51,11 @@ fn sandbox_config(pod: &str, engine: &Containerd) -> SandboxConfig {
         privileged: false,
         runtime_handler: String::new(),
         supplemental_groups: Vec::new(),
+        strict_groups: false,
+        run_as_user: None,
+        run_as_group: None,
+        selinux: None,
+        user_namespace: None,
     }
 }
 
@@ -67,6 +72,7 @@ fn container_config(pod: &str, name: &str, image_ref: &str, script: &str) -> Con
         working_dir: String::new(),
         env: vec![("GREETING".to_owned(), "good morning".to_owned())],
         mounts: Vec::new(),
+        devices: Vec::new(),
         labels,
         annotations: BTreeMap::from([
             (labels::CONTAINER_HASH.to_owned(), "abcd".to_owned()),
@@ -354,7 +360,7 @@ async fn mounts_identity_limits_and_the_hosts_network_reach_the_container() {
         container_path: "/volume".to_owned(),
         host_path: volume.clone(),
         readonly: true,
-        propagation: Propagation::Private,
+        ..Mount::default()
     }];
     config.security.run_as_user = Some(1234);
     config.security.run_as_group = Some(2345);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use skerry_edge::runtime::process::ProcessRuntime;
 use skerry_edge::runtime::{
     Container, ContainerConfig, ContainerId, ContainerState, ExecRequest, Inventory, Mount, NamespaceOptions,
-    Propagation, Resources, Runtime, RuntimeError, SandboxConfig, SandboxId, Security, StreamEndpoint,
+    Resources, Runtime, RuntimeError, SandboxConfig, SandboxId, Security, StreamEndpoint,
 };
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
@@ -51,6 +51,11 @@ impl Site {
             privileged: false,
             runtime_handler: String::new(),
             supplemental_groups: vec![],
+            strict_groups: false,
+            run_as_user: None,
+            run_as_group: None,
+            selinux: None,
+            user_namespace: None,
         };
         let sandbox = runtime.run_sandbox(&pod).await.unwrap();
         Self {
@@ -121,6 +126,7 @@ fn shell(script: &str) -> ContainerConfig {
         working_dir: String::new(),
         env: vec![("GREETING".into(), "hello".into())],
         mounts: vec![],
+        devices: vec![],
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         log_path: PathBuf::from("main/0.log"),
@@ -233,7 +239,7 @@ async fn volumes_are_at_their_mount_paths_and_nothing_appears_on_the_host() {
         container_path: path.into(),
         host_path: host.to_owned(),
         readonly,
-        propagation: Propagation::Private,
+        ..Mount::default()
     };
     let mut config = shell(
         "cat /var/run/secrets/skerry-test/token; echo; echo x > /skerry-test-data/out; \

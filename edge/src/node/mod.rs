@@ -121,13 +121,25 @@ async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
         .map(|v| format!("{}://{}", v.name, v.version))
         .unwrap_or_default();
     let images = runtime.list_images().await.unwrap_or_default();
+    let features = runtime.features().await;
     json!({
         "capacity": config.shares.capacity(&machine).to_json(),
         "allocatable": config.shares.allocatable(&machine).to_json(),
         "conditions": conditions(&machine.pressure(), &runtime_ready),
         "nodeInfo": machine.info(&version, &config.fallback_machine_id),
         "images": images_of(images),
+        "runtimeHandlers": handlers_of(&features),
+        "features": {"supplementalGroupsPolicy": features.supplemental_groups_policy},
     })
+}
+
+fn handlers_of(features: &crate::runtime::Features) -> Vec<Value> {
+    let handler = |h: &crate::runtime::Handler| {
+        json!({"name": h.name, "features": {
+            "recursiveReadOnlyMounts": h.recursive_readonly, "userNamespaces": h.user_namespaces,
+        }})
+    };
+    features.handlers.iter().map(handler).collect()
 }
 
 fn images_of(mut images: Vec<crate::runtime::Image>) -> Vec<Value> {

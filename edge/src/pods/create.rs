@@ -17,6 +17,7 @@ use super::objects::Objects;
 use super::plan::{inits, regulars, spec_hash};
 use super::record::State;
 use super::resources;
+use super::security;
 use super::status::Waiting;
 use super::volumes::{Subpath, prepare_subpath};
 use super::worker::{SyncError, Worker};
@@ -30,7 +31,13 @@ impl Worker {
         if !self.make_cgroup(pod).await? {
             return Ok(false);
         }
-        let config = self.sandbox_config(pod, attempt).await;
+        let config = match self.sandbox_config(pod, attempt).await {
+            Ok(config) => config,
+            Err(message) => {
+                self.sandbox_failed(pod, &message).await;
+                return Ok(false);
+            }
+        };
         let io = |path: &Path, error| SyncError::Io {
             path: path.to_owned(),
             error,
@@ -48,15 +55,19 @@ impl Worker {
                 Ok(true)
             }
             Err(error) => {
-                let message = format!("Failed to create pod sandbox: {error}");
-                self.shared
-                    .events
-                    .emit(pod, None, Level::Warning, "FailedCreatePodSandBox", message)
-                    .await;
-                self.again = self.again.min(Duration::from_secs(10));
+                self.sandbox_failed(pod, &error.to_string()).await;
                 Ok(false)
             }
         }
+    }
+
+    async fn sandbox_failed(&mut self, pod: &Pod, why: &str) {
+        let message = format!("Failed to create pod sandbox: {why}");
+        self.shared
+            .events
+            .emit(pod, None, Level::Warning, "FailedCreatePodSandBox", message)
+            .await;
+        self.again = self.again.min(Duration::from_secs(10));
     }
 
     pub(super) fn log_dir(&self) -> PathBuf {
@@ -64,7 +75,8 @@ impl Worker {
         self.shared.config.pod_log_dir.join(name)
     }
 
-    async fn sandbox_config(&self, pod: &Pod, attempt: u32) -> SandboxConfig {
+    /// The sandbox that the pod asks for, or why this node cannot make it.
+    async fn sandbox_config(&self, pod: &Pod, attempt: u32) -> Result<SandboxConfig, String> {
         let settings = &self.shared.config;
         let spec = pod.spec.clone().unwrap_or_default();
         let node = std::fs::read_to_string(&settings.resolv_conf).unwrap_or_default();
@@ -88,12 +100,15 @@ impl Worker {
         }
         let context = spec.security_context.as_ref();
         let sysctls = context.and_then(|c| c.sysctls.clone()).unwrap_or_default();
-        SandboxConfig {
+        let runtime_handler = security::runtime_handler(pod, &self.shared.store)?;
+        let user_namespace =
+            security::user_namespace(pod, &self.features, &runtime_handler, &self.shared.user_ranges)?;
+        Ok(SandboxConfig {
             name: self.record.name.clone(),
             namespace: self.record.namespace.clone(),
             uid: self.uid.clone(),
             attempt,
-            hostname: network::kernel_hostname(pod, &settings.cluster_domain),
+            hostname: network::kernel_hostname(pod, &settings.cluster_domain)?,
             log_directory: self.log_dir(),
             dns: Some(dns.config),
             ports: config::port_mappings(pod),
@@ -108,12 +123,22 @@ impl Worker {
             },
             sysctls: sysctls
                 .into_iter()
-                .map(|s| (s.name.replace('/', "."), s.value))
+                .map(|s| (security::dotted(&s.name), s.value))
                 .collect(),
-            privileged: inits(pod).iter().chain(regulars(pod)).any(config::is_privileged),
-            runtime_handler: String::new(),
-            supplemental_groups: config::supplemental_groups(pod),
-        }
+            privileged: inits(pod)
+                .iter()
+                .chain(regulars(pod))
+                .any(security::is_privileged),
+            runtime_handler,
+            supplemental_groups: security::supplemental_groups(pod),
+            strict_groups: security::strict_groups(pod),
+            run_as_user: context.and_then(|c| c.run_as_user),
+            run_as_group: context.and_then(|c| c.run_as_group),
+            selinux: context
+                .and_then(|c| c.se_linux_options.as_ref())
+                .map(security::selinux),
+            user_namespace,
+        })
     }
 
     /// The pod's labels and ours; with the container's name when one is given.
@@ -149,6 +174,13 @@ impl Worker {
         let sandbox_config = self
             .sandbox_config(pod, self.record.sandboxes_made.saturating_sub(1))
             .await;
+        let sandbox_config = match sandbox_config {
+            Ok(config) => config,
+            Err(message) => {
+                self.fail(pod, name, "CreateContainerConfigError", message).await;
+                return Ok(false);
+            }
+        };
         let image = self.shared.runtime.image_status(&image_ref).await.ok().flatten();
         let prepared = self.container_config(pod, container, restart_count, image_ref, image.as_ref());
         let config = match prepared {
@@ -381,7 +413,14 @@ impl Worker {
                 self.shared.groups.memory_capacity,
                 &self.shared.groups.kernel,
             ),
-            security: config::security(pod, container, image, self.shared.config.seccomp_default)?,
+            devices: Vec::new(),
+            security: security::security(
+                pod,
+                container,
+                image,
+                self.shared.config.seccomp_default,
+                &self.shared.config.seccomp_dir,
+            )?,
         })
     }
 
@@ -394,6 +433,8 @@ impl Worker {
         message_path: &str,
     ) -> Result<Vec<Mount>, ConfigError> {
         let dir = self.pod_dir();
+        let handler = security::runtime_handler(pod, &self.shared.store).map_err(ConfigError)?;
+        let handler = self.features.handler(&handler);
         let mut mounts = Vec::new();
         for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
             let volume = self.volumes.get(&mount.name).ok_or_else(|| {
@@ -427,11 +468,13 @@ impl Worker {
                 container_path: mount.mount_path.clone(),
                 host_path,
                 readonly: mount.read_only.unwrap_or(false),
+                recursive_readonly: security::recursive_readonly(mount, handler.recursive_readonly)?,
                 propagation: match mount.mount_propagation.as_deref() {
                     Some("HostToContainer") => Propagation::HostToContainer,
                     Some("Bidirectional") => Propagation::Bidirectional,
                     _ => Propagation::Private,
                 },
+                ..Mount::default()
             });
         }
         let io = |path: &Path, e: std::io::Error| ConfigError(format!("{}: {e}", path.display()));
@@ -444,8 +487,7 @@ impl Worker {
             mounts.push(Mount {
                 container_path: "/etc/hosts".to_owned(),
                 host_path: path,
-                readonly: false,
-                propagation: Propagation::Private,
+                ..Mount::default()
             });
         }
         let path = message_file(&dir, &container.name, restart_count);
@@ -458,8 +500,7 @@ impl Worker {
         mounts.push(Mount {
             container_path: message_path.to_owned(),
             host_path: path,
-            readonly: false,
-            propagation: Propagation::Private,
+            ..Mount::default()
         });
         Ok(mounts)
     }

@@ -32,6 +32,7 @@ mod plan;
 mod quantity;
 mod record;
 mod resources;
+mod security;
 mod status;
 mod teardown;
 mod tell;
@@ -108,6 +109,8 @@ pub struct PodsConfig {
     pub pod_pids_limit: Option<u64>,
     /// On the file system that counts as the node's.
     pub data_dir: PathBuf,
+    /// Directory of the seccomp profiles that pods name as `Localhost`.
+    pub seccomp_dir: PathBuf,
 }
 
 impl Default for PodsConfig {
@@ -126,6 +129,7 @@ impl Default for PodsConfig {
             cgroups: false,
             pod_pids_limit: None,
             data_dir: PathBuf::from("/var/lib/skerry"),
+            seccomp_dir: PathBuf::from("/var/lib/kubelet/seccomp"),
         }
     }
 }
@@ -159,6 +163,7 @@ impl Pods {
             clock.clone(),
             config.parallel_pulls,
         );
+        let user_ranges = security::UserRanges::load(store.clone());
         let shared = Shared {
             groups: groups::Groups::new(&config),
             config,
@@ -167,6 +172,8 @@ impl Pods {
             clock,
             events,
             images,
+            apparmor: security::apparmor_enabled(),
+            user_ranges,
             phases: Mutex::default(),
             summary: watch::Sender::new(Summary::default()),
             report_round: watch::Sender::new(0),
@@ -290,7 +297,11 @@ impl Supervisor {
                 let pod = notice.key.uid.as_str().split('/').next().map(Uid::from);
                 self.wake(|uid| Some(uid) == pod.as_ref());
             }
-            Kind::ConfigMap | Kind::Secret => self.wake(|_| true),
+            Kind::ConfigMap
+            | Kind::Secret
+            | Kind::RuntimeClass
+            | Kind::PersistentVolumeClaim
+            | Kind::PersistentVolume => self.wake(|_| true),
             _ => {}
         }
     }

@@ -12,6 +12,10 @@ const MAX_SERVERS: usize = 3;
 const MAX_SEARCHES: usize = 32;
 /// Most characters of the search line.
 const MAX_SEARCH_CHARS: usize = 2048;
+/// Most characters of one search domain: some resolvers abort at more.
+const MAX_SEARCH_DOMAIN: usize = 253;
+/// Most characters of the kernel's hostname.
+const MAX_FQDN: usize = 64;
 
 /// Resolver settings and what had to be left out of them.
 pub(crate) struct Dns {
@@ -27,15 +31,14 @@ pub(crate) struct Dns {
 pub(crate) fn hostname(pod: &Pod, cluster_domain: &str) -> (String, Option<String>) {
     let spec = pod.spec.as_ref();
     if let Some(own) = spec.and_then(|s| s.hostname_override.clone()) {
-        return (own, None);
+        return (short_name(&own), None);
     }
     let name = spec
         .and_then(|s| s.hostname.as_deref())
         .filter(|h| !h.is_empty())
         .or(pod.metadata.name.as_deref())
         .unwrap_or_default();
-    let short: String = name.chars().take(63).collect();
-    let host = short.trim_end_matches(['-', '.']).to_owned();
+    let host = short_name(name);
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let domain = spec
         .and_then(|s| s.subdomain.as_deref())
@@ -44,19 +47,36 @@ pub(crate) fn hostname(pod: &Pod, cluster_domain: &str) -> (String, Option<Strin
     (host, domain)
 }
 
-/// The hostname that the kernel of the pod's UTS namespace gets; empty for host network.
-pub(crate) fn kernel_hostname(pod: &Pod, cluster_domain: &str) -> String {
+/// What of a name fits into the kernel's field.
+fn short_name(name: &str) -> String {
+    let short: String = name.chars().take(63).collect();
+    if short.len() == name.len() {
+        return short;
+    }
+    short.trim_end_matches(['-', '.']).to_owned()
+}
+
+/// The hostname that the kernel of the pod's UTS namespace gets; empty for host network. Fails when the full name is
+/// asked for and the kernel has no room for it.
+pub(crate) fn kernel_hostname(pod: &Pod, cluster_domain: &str) -> Result<String, String> {
     let spec = pod.spec.as_ref();
     if spec.and_then(|s| s.host_network).unwrap_or(false) {
-        return String::new();
+        return Ok(String::new());
     }
     let (host, domain) = hostname(pod, cluster_domain);
     match domain {
         Some(domain) if spec.and_then(|s| s.set_hostname_as_fqdn).unwrap_or(false) => {
             let full = format!("{host}.{domain}");
-            if full.len() <= 64 { full } else { host }
+            if full.len() > MAX_FQDN {
+                return Err(format!(
+                    "failed to construct FQDN from pod hostname and cluster domain, FQDN {full} is too long \
+                     ({MAX_FQDN} characters is the max, {} characters requested)",
+                    full.len()
+                ));
+            }
+            Ok(full)
         }
-        _ => host,
+        _ => Ok(host),
     }
 }
 
@@ -72,8 +92,8 @@ pub(crate) fn hosts_file(pod: &Pod, ips: &[IpAddr], cluster_domain: &str, node_h
             "# Kubernetes-managed hosts file.\n\
              127.0.0.1\tlocalhost\n\
              ::1\tlocalhost ip6-localhost ip6-loopback\n\
-             fe00::\tip6-localnet\n\
-             fe00::\tip6-mcastprefix\n\
+             fe00::0\tip6-localnet\n\
+             fe00::0\tip6-mcastprefix\n\
              fe00::1\tip6-allnodes\n\
              fe00::2\tip6-allrouters\n",
         );
@@ -168,6 +188,7 @@ pub(crate) fn dns(pod: &Pod, cluster_dns: &[IpAddr], cluster_domain: &str, node:
     }
     let before = config.searches.len();
     config.searches.truncate(MAX_SEARCHES);
+    config.searches.retain(|search| search.len() <= MAX_SEARCH_DOMAIN);
     while config.searches.iter().map(|s| s.len() + 1).sum::<usize>() > MAX_SEARCH_CHARS + 1 {
         config.searches.pop();
     }
@@ -257,6 +278,31 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("9.9.9.9\ta\tb\n"));
+    }
+
+    #[test]
+    fn a_full_name_that_the_kernel_has_no_room_for_is_an_error() {
+        let with = |sub: &str| {
+            kernel_hostname(
+                &pod(json!({"subdomain": sub, "setHostnameAsFQDN": true, "containers": []})),
+                "cluster.local",
+            )
+        };
+        assert_eq!(with("s").unwrap(), "p.s.default.svc.cluster.local");
+        assert!(
+            with(&"s".repeat(50))
+                .unwrap_err()
+                .contains("is too long (64 characters")
+        );
+    }
+
+    #[test]
+    fn a_search_domain_that_breaks_resolvers_is_left_out() {
+        let pod = pod(json!({"dnsPolicy": "None", "containers": [],
+            "dnsConfig": {"nameservers": ["1.1.1.1"], "searches": ["a".repeat(254), "b"]}}));
+        let dns = dns(&pod, &[], "c", &DnsConfig::default());
+        assert_eq!(dns.config.searches, ["b"]);
+        assert!(dns.cut.unwrap().ends_with("the applied search line is: b"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The API objects that pods refer to, as the store holds them.
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Secret, Service};
+use k8s_openapi::api::node::v1::RuntimeClass;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use skerry_proto::link::Kind;
@@ -19,6 +20,10 @@ pub(crate) trait Objects: Send + Sync {
     fn services(&self) -> Vec<Service>;
     /// The site's own Node.
     fn node(&self) -> Option<Node>;
+    /// A RuntimeClass by name.
+    fn runtime_class(&self, _name: &str) -> Option<RuntimeClass> {
+        None
+    }
     /// A bound token, by `<pod UID>/<volume>/<path>`.
     fn token(&self, key: &str) -> Option<String>;
 }
@@ -66,6 +71,10 @@ impl Objects for Store {
     fn node(&self) -> Option<Node> {
         let objects = self.list(Kind::Node).ok()?;
         objects.iter().find_map(|o| o.decode().ok())
+    }
+
+    fn runtime_class(&self, name: &str) -> Option<RuntimeClass> {
+        decoded(self.find(Kind::RuntimeClass, "", name), name)
     }
 
     fn token(&self, key: &str) -> Option<String> {

@@ -175,6 +175,7 @@ impl Worker {
         volumes::remove(&dir).map_err(|error| SyncError::Io { path: dir, error })?;
         self.volumes.clear();
         self.remove_cgroup(&self.uid).await;
+        self.shared.user_ranges.release(&self.uid);
         Ok(())
     }
 }

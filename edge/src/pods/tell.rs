@@ -59,16 +59,8 @@ impl Worker {
         for (used, what) in [
             (ephemeral > 0, "ephemeralContainers"),
             (
-                spec.is_some_and(|s| s.runtime_class_name.is_some()),
-                "runtimeClassName",
-            ),
-            (
                 spec.is_some_and(|s| s.resource_claims.is_some()),
                 "resourceClaims",
-            ),
-            (
-                spec.is_some_and(|s| s.host_users == Some(false)),
-                "hostUsers: false",
             ),
         ] {
             if used {

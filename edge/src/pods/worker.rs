@@ -16,9 +16,10 @@ use super::events::{Events, Level};
 use super::images::Images;
 use super::plan::{self, Plan, Step, find_container, inits, regulars};
 use super::record::{End, PodRecord, State, View};
+use super::security::UserRanges;
 use super::status::{self, Phase, Waiting};
 use super::{Clock, PodsConfig, ROOM, Summary, volumes};
-use crate::runtime::{ContainerId, Runtime, RuntimeError};
+use crate::runtime::{ContainerId, Features, Runtime, RuntimeError};
 use crate::store::Store;
 
 /// Try again after an error.
@@ -37,6 +38,10 @@ pub(super) struct Shared {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) events: Events,
     pub(super) images: Images,
+    /// Whether the machine enforces AppArmor profiles.
+    pub(super) apparmor: bool,
+    /// Ids of the pods with user namespaces.
+    pub(super) user_ranges: UserRanges,
     /// Phase by UID.
     pub(super) phases: Mutex<HashMap<Uid, String>>,
     pub(super) summary: watch::Sender<Summary>,
@@ -91,6 +96,8 @@ pub(super) struct Worker {
     /// The plan's earliest wish to look again.
     pub(super) again: Duration,
     pub(super) said_unsupported: bool,
+    /// What the runtime can do.
+    pub(super) features: Features,
     /// The report round in which the status was last reported.
     pub(super) reported_in: u64,
 }
@@ -120,6 +127,7 @@ impl Worker {
             volumes: BTreeMap::new(),
             again: IDLE,
             said_unsupported: false,
+            features: Features::default(),
             reported_in,
         }
     }
@@ -181,6 +189,7 @@ impl Worker {
     /// One complete look at a pod that should run.
     async fn sync(&mut self, pod: &Pod) -> Result<(), SyncError> {
         self.begin(pod)?;
+        self.features = self.shared.runtime.features().await;
         self.look(pod).await?;
         if self.record.end.is_some() {
             return self.finish_end(pod).await;
@@ -289,15 +298,9 @@ impl Worker {
     fn ending(&mut self, pod: &Pod) -> Option<End> {
         // A pod that already runs was admitted.
         if self.view.sandboxes.is_empty()
-            && let Some(name) = super::config::forbidden_sysctl(pod)
+            && let Some(refusal) = super::security::refusal(pod, &self.features, self.shared.apparmor)
         {
-            let reason = "SysctlForbidden".to_owned();
-            let message = format!("forbidden sysctl: \"{name}\" not allowlisted");
-            return Some(End {
-                succeeded: false,
-                reason,
-                message,
-            });
+            return Some(refusal);
         }
         let limit = pod.spec.as_ref().and_then(|s| s.active_deadline_seconds);
         if let (Some(limit), Some(start)) =
@@ -332,10 +335,15 @@ impl Worker {
     }
 
     async fn end(&mut self, pod: &Pod, end: End) -> Result<(), SyncError> {
-        if end.reason == "DeadlineExceeded" {
+        if !end.reason.is_empty() {
+            // A deadline is the user's own; everything else is a refusal.
+            let level = match end.reason.as_str() {
+                "DeadlineExceeded" => Level::Normal,
+                _ => Level::Warning,
+            };
             self.shared
                 .events
-                .emit(pod, None, Level::Normal, &end.reason, end.message.clone())
+                .emit(pod, None, level, &end.reason, end.message.clone())
                 .await;
         }
         self.record.end = Some(end);

@@ -11,6 +11,7 @@
 //! * A container is found by labels that the runtime keeps ([`labels`]), never by what the daemon remembers.
 
 pub mod cri;
+mod features;
 pub mod process;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,8 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use skerry_proto::object::Uid;
 use tokio::sync::watch;
+
+pub use features::{Features, Handler};
 
 /// Label and annotation keys that tie a sandbox or container to its pod; the ones that a kubelet uses.
 pub mod labels {
@@ -275,6 +278,38 @@ pub struct SandboxConfig {
     pub runtime_handler: String,
     /// `securityContext.supplementalGroups` and `fsGroup`.
     pub supplemental_groups: Vec<i64>,
+    /// `supplementalGroupsPolicy: Strict`: no groups of the image.
+    pub strict_groups: bool,
+    /// `securityContext.runAsUser` of the pod.
+    pub run_as_user: Option<i64>,
+    /// `securityContext.runAsGroup` of the pod.
+    pub run_as_group: Option<i64>,
+    /// `securityContext.seLinuxOptions` of the pod.
+    pub selinux: Option<SeLinux>,
+    /// The pod has a user namespace of its own.
+    pub user_namespace: Option<IdRange>,
+}
+
+/// Ids on the host that a pod's user namespace maps to the same number of ids from 0 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct IdRange {
+    /// First id on the host.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// An SELinux label; empty parts are the runtime's choice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SeLinux {
+    /// User part.
+    pub user: String,
+    /// Role part.
+    pub role: String,
+    /// Type part.
+    pub kind: String,
+    /// Level part.
+    pub level: String,
 }
 
 /// How mounts travel between the host and a container.
@@ -289,17 +324,45 @@ pub enum Propagation {
     Bidirectional,
 }
 
-/// A host path seen in a container.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A host path or an image seen in a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mount {
+    /// Path in the container.
+    pub container_path: String,
+    /// Path on the host; exists. Empty for an image.
+    pub host_path: PathBuf,
+    /// No writes.
+    pub readonly: bool,
+    /// No writes in mounts below it either; needs a handler with that feature.
+    pub recursive_readonly: bool,
+    /// Give it the container's SELinux label.
+    pub selinux_relabel: bool,
+    /// Mount propagation.
+    pub propagation: Propagation,
+    /// An image in the place of a host path.
+    pub image: Option<ImageMount>,
+}
+
+/// An image as a volume.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImageMount {
+    /// What [`Runtime::pull_image`] answered.
+    pub reference: String,
+    /// The image as the pod spec names it.
+    pub image: String,
+    /// Path in the image; empty for its root.
+    pub sub_path: String,
+}
+
+/// A block or character device of the host in a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
     /// Path in the container.
     pub container_path: String,
     /// Path on the host; exists.
     pub host_path: PathBuf,
     /// No writes.
     pub readonly: bool,
-    /// Mount propagation.
-    pub propagation: Propagation,
 }
 
 /// cgroup settings; `None` or zero leaves the kernel's default.
@@ -328,10 +391,14 @@ pub struct Resources {
 pub struct Security {
     /// User id; `None` = the image's.
     pub run_as_user: Option<i64>,
+    /// User name, where the image names its user so and no id is given.
+    pub run_as_username: String,
     /// Group id; `None` = the image's.
     pub run_as_group: Option<i64>,
     /// Further groups.
     pub supplemental_groups: Vec<i64>,
+    /// `supplementalGroupsPolicy: Strict`: no groups of the image.
+    pub strict_groups: bool,
     /// All powers.
     pub privileged: bool,
     /// Root file system without writes.
@@ -344,6 +411,10 @@ pub struct Security {
     pub drop_capabilities: Vec<String>,
     /// `Unconfined`, `RuntimeDefault` or `Localhost/<path>`; empty = unconfined.
     pub seccomp: String,
+    /// `Unconfined`, `RuntimeDefault` or `Localhost/<name>`; empty leaves it to the runtime.
+    pub apparmor: String,
+    /// SELinux label; `None` leaves it to the runtime.
+    pub selinux: Option<SeLinux>,
     /// `procMount: Unmasked`.
     pub unmasked_proc: bool,
 }
@@ -369,6 +440,8 @@ pub struct ContainerConfig {
     pub env: Vec<(String, String)>,
     /// Mounts, in order.
     pub mounts: Vec<Mount>,
+    /// Devices.
+    pub devices: Vec<Device>,
     /// Labels: [`labels`].
     pub labels: BTreeMap<String, String>,
     /// Annotations: hash, restart count, termination message.
@@ -539,6 +612,11 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// Whether the runtime can take work.
     async fn status(&self) -> Result<RuntimeStatus, RuntimeError>;
+
+    /// What the runtime can do beyond the minimum, as it last said. Asks when it has not said yet.
+    async fn features(&self) -> Features {
+        Features::default()
+    }
 
     /// Everything that Skerry runs. Complete or an error, never a part.
     async fn list(&self) -> Result<Inventory, RuntimeError>;

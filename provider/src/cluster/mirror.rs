@@ -10,10 +10,10 @@ use tokio::sync::watch;
 
 use super::Object;
 use crate::refs::tokens::{TokenOwner, token_uid};
-use crate::refs::{PodRefs, TokenNeed};
+use crate::refs::{KindOrd, PodRefs, TokenNeed};
 
 /// The kinds that are watched, each by its own informer.
-pub(super) const KINDS: [Kind; 7] = [
+pub(super) const KINDS: [Kind; 10] = [
     Kind::Pod,
     Kind::ConfigMap,
     Kind::Secret,
@@ -21,6 +21,9 @@ pub(super) const KINDS: [Kind; 7] = [
     Kind::Node,
     Kind::Site,
     Kind::Device,
+    Kind::RuntimeClass,
+    Kind::PersistentVolumeClaim,
+    Kind::PersistentVolume,
 ];
 
 /// Everything that one site should hold now.
@@ -120,7 +123,18 @@ impl Mirror {
             for (kind, name) in &pod.refs.objects {
                 if let Some(object) = state.named((*kind).into(), &pod.namespace, name) {
                     desired.add(object);
+                    if *kind == KindOrd::PersistentVolumeClaim
+                        && let Some(volume) = object.value["spec"]["volumeName"].as_str()
+                        && let Some(volume) = state.named(Kind::PersistentVolume, "", volume)
+                    {
+                        desired.add(volume);
+                    }
                 }
+            }
+            if let Some(class) = &pod.refs.runtime_class
+                && let Some(object) = state.named(Kind::RuntimeClass, "", class)
+            {
+                desired.add(object);
             }
             let leaving = object.value["metadata"].get("deletionTimestamp").is_some();
             for need in &pod.refs.tokens {
@@ -366,7 +380,25 @@ impl State {
     /// The sites whose set a change of this object may touch.
     fn affected(&self, object: &Object, dirty: &mut BTreeSet<SiteName>) {
         match object.key.kind {
-            Kind::ConfigMap | Kind::Secret => {
+            Kind::RuntimeClass => {
+                let users = self
+                    .pods
+                    .values()
+                    .filter(|p| p.refs.runtime_class.as_ref() == Some(&object.name));
+                dirty.extend(users.map(|p| p.site.clone()));
+            }
+            Kind::PersistentVolume => {
+                let claim = &object.value["spec"]["claimRef"];
+                let (Some(namespace), Some(name)) = (claim["namespace"].as_str(), claim["name"].as_str())
+                else {
+                    return;
+                };
+                let users = self.pods.values().filter(|p| {
+                    p.namespace == namespace && p.refs.contains(Kind::PersistentVolumeClaim, name)
+                });
+                dirty.extend(users.map(|p| p.site.clone()));
+            }
+            Kind::ConfigMap | Kind::Secret | Kind::PersistentVolumeClaim => {
                 let users = self.pods.values().filter(|p| {
                     p.namespace == object.namespace && p.refs.contains(object.key.kind, &object.name)
                 });

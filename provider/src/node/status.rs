@@ -21,7 +21,14 @@ pub const SITE_LABEL: &str = "edge.skerry.dev/site";
 /// Labels that a site may assert of itself.
 const OWN_LABELS: [&str; 3] = ["kubernetes.io/hostname", "kubernetes.io/os", "kubernetes.io/arch"];
 /// Fields of NodeStatus that the site measures.
-const MEASURED: [&str; 5] = ["capacity", "allocatable", "nodeInfo", "images", "runtimeHandlers"];
+const MEASURED: [&str; 6] = [
+    "capacity",
+    "allocatable",
+    "nodeInfo",
+    "images",
+    "runtimeHandlers",
+    "features",
+];
 
 /// Where the API server reaches the kubelet endpoint of every site: this provider.
 #[derive(Clone, Debug)]

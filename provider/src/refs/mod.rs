@@ -35,15 +35,19 @@ pub struct PodRefs {
     pub tokens: Vec<TokenNeed>,
     /// `spec.serviceAccountName`.
     pub service_account: String,
+    /// `spec.runtimeClassName`; a cluster-scoped object.
+    pub runtime_class: Option<String>,
 }
 
-/// The two referable kinds, ordered so that they can stand in a set.
+/// The referable kinds of a pod's namespace, ordered so that they can stand in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KindOrd {
     /// A ConfigMap.
     ConfigMap,
     /// A Secret.
     Secret,
+    /// A PersistentVolumeClaim; the volume that it is bound to comes with it.
+    PersistentVolumeClaim,
 }
 
 impl From<KindOrd> for Kind {
@@ -51,6 +55,7 @@ impl From<KindOrd> for Kind {
         match kind {
             KindOrd::ConfigMap => Self::ConfigMap,
             KindOrd::Secret => Self::Secret,
+            KindOrd::PersistentVolumeClaim => Self::PersistentVolumeClaim,
         }
     }
 }
@@ -64,11 +69,13 @@ impl PodRefs {
             .service_account_name
             .clone()
             .unwrap_or_else(|| "default".to_owned());
+        refs.runtime_class = spec.runtime_class_name.clone().filter(|n| !n.is_empty());
+        let pod_name = pod.metadata.name.as_deref().unwrap_or_default();
         for secret in spec.image_pull_secrets.iter().flatten() {
             refs.add(KindOrd::Secret, &secret.name);
         }
         for volume in spec.volumes.iter().flatten() {
-            refs.volume(volume);
+            refs.volume(volume, pod_name);
         }
         for container in spec.init_containers.iter().flatten().chain(&spec.containers) {
             refs.container(container);
@@ -84,6 +91,7 @@ impl PodRefs {
         let kind = match kind {
             Kind::ConfigMap => KindOrd::ConfigMap,
             Kind::Secret => KindOrd::Secret,
+            Kind::PersistentVolumeClaim => KindOrd::PersistentVolumeClaim,
             _ => return false,
         };
         self.objects.iter().any(|(k, n)| *k == kind && n == name)
@@ -95,7 +103,17 @@ impl PodRefs {
         }
     }
 
-    fn volume(&mut self, volume: &Volume) {
+    fn volume(&mut self, volume: &Volume, pod_name: &str) {
+        if let Some(claim) = &volume.persistent_volume_claim {
+            self.add(KindOrd::PersistentVolumeClaim, &claim.claim_name);
+        }
+        if volume.ephemeral.is_some() {
+            // The controller manager makes a claim of this name.
+            self.add(
+                KindOrd::PersistentVolumeClaim,
+                &format!("{pod_name}-{}", volume.name),
+            );
+        }
         if let Some(source) = &volume.config_map {
             self.add(KindOrd::ConfigMap, &source.name);
         }
@@ -164,10 +182,13 @@ mod tests {
             "metadata": {"name": "p"},
             "spec": {
                 "serviceAccountName": "sa",
+                "runtimeClassName": "sandboxed",
                 "imagePullSecrets": [{"name": "pull"}],
                 "volumes": [
                     {"name": "a", "configMap": {"name": "cm-volume"}},
                     {"name": "b", "secret": {"secretName": "secret-volume"}},
+                    {"name": "d", "persistentVolumeClaim": {"claimName": "claim"}},
+                    {"name": "scratch", "ephemeral": {"volumeClaimTemplate": {"spec": {}}}},
                     {"name": "c", "projected": {"sources": [
                         {"configMap": {"name": "cm-projected"}},
                         {"secret": {"name": "secret-projected"}},
@@ -196,7 +217,10 @@ mod tests {
         ] {
             assert!(refs.contains(Kind::Secret, name), "{name}");
         }
-        assert_eq!(refs.objects.len(), 10);
+        assert!(refs.contains(Kind::PersistentVolumeClaim, "claim"));
+        assert!(refs.contains(Kind::PersistentVolumeClaim, "p-scratch"));
+        assert_eq!(refs.runtime_class.as_deref(), Some("sandboxed"));
+        assert_eq!(refs.objects.len(), 12);
         assert_eq!(refs.service_account, "sa");
         assert_eq!(
             refs.tokens,

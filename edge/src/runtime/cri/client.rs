@@ -107,12 +107,11 @@ impl Client {
         })
     }
 
-    pub(super) async fn status(&self) -> Result<api::RuntimeStatus, RuntimeError> {
+    pub(super) async fn status(&self) -> Result<api::StatusResponse, RuntimeError> {
         let request = api::StatusRequest { verbose: false };
-        let answer = Self::within(CALL_LIMIT, self.runtime.clone().status(request))
+        Self::within(CALL_LIMIT, self.runtime.clone().status(request))
             .await
-            .map_err(|status| self.error("the runtime's status", &status))?;
-        Ok(answer.status.unwrap_or_default())
+            .map_err(|status| self.error("the runtime's status", &status))
     }
 
     pub(super) async fn run_pod_sandbox(

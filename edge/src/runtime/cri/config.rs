@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::api;
 use crate::runtime::{
-    ContainerConfig, Mount, NamespaceOptions, PortMapping, Propagation, Resources, RuntimeError,
-    SandboxConfig, Security, labels,
+    ContainerConfig, Device, IdRange, Mount, NamespaceOptions, PortMapping, Propagation, Resources,
+    RuntimeError, SandboxConfig, SeLinux, Security, labels,
 };
 
 /// Annotation in which a container keeps its image as the pod spec names it: containerd before 1.7 drops the field
@@ -61,8 +61,12 @@ pub(super) fn sandbox(config: &SandboxConfig, owner: &str) -> api::PodSandboxCon
         linux: Some(api::LinuxPodSandboxConfig {
             cgroup_parent: config.cgroup_parent.clone(),
             security_context: Some(api::LinuxSandboxSecurityContext {
-                namespace_options: Some(namespaces(config.namespaces)),
+                namespace_options: Some(namespaces(config.namespaces, config.user_namespace)),
+                selinux_options: config.selinux.as_ref().map(selinux),
+                run_as_user: config.run_as_user.map(number),
+                run_as_group: config.run_as_user.and(config.run_as_group).map(number),
                 supplemental_groups: config.supplemental_groups.clone(),
+                supplemental_groups_policy: groups_policy(config.strict_groups),
                 privileged: config.privileged,
                 seccomp: Some(api::SecurityProfile {
                     profile_type: api::security_profile::ProfileType::RuntimeDefault.into(),
@@ -95,7 +99,12 @@ pub(super) fn container(
         args: config.args.clone(),
         working_dir: config.working_dir.clone(),
         envs: config.env.iter().map(variable).collect(),
-        mounts: config.mounts.iter().map(mount).collect(),
+        mounts: config
+            .mounts
+            .iter()
+            .map(|m| mount(m, sandbox.user_namespace))
+            .collect(),
+        devices: config.devices.iter().map(device).collect(),
         labels: labels_of(&config.labels, owner),
         annotations,
         log_path: config.log_path.to_string_lossy().into_owned(),
@@ -104,7 +113,7 @@ pub(super) fn container(
         tty: config.tty,
         linux: Some(api::LinuxContainerConfig {
             resources: Some(resources(&config.resources)),
-            security_context: Some(security(&config.name, &config.security, sandbox.namespaces)?),
+            security_context: Some(security(&config.name, &config.security, sandbox)?),
         }),
     })
 }
@@ -119,7 +128,61 @@ fn to_map(given: &BTreeMap<String, String>) -> HashMap<String, String> {
     given.clone().into_iter().collect()
 }
 
-fn namespaces(options: NamespaceOptions) -> api::NamespaceOption {
+fn number(value: i64) -> api::Int64Value {
+    api::Int64Value { value }
+}
+
+fn groups_policy(strict: bool) -> i32 {
+    let policy = if strict {
+        api::SupplementalGroupsPolicy::Strict
+    } else {
+        api::SupplementalGroupsPolicy::Merge
+    };
+    policy.into()
+}
+
+fn selinux(label: &SeLinux) -> api::SeLinuxOption {
+    api::SeLinuxOption {
+        user: label.user.clone(),
+        role: label.role.clone(),
+        r#type: label.kind.clone(),
+        level: label.level.clone(),
+    }
+}
+
+fn mappings(range: IdRange) -> Vec<api::IdMapping> {
+    vec![api::IdMapping {
+        host_id: range.first,
+        container_id: 0,
+        length: range.count,
+    }]
+}
+
+/// The host's user namespace unless the pod has one: absent would mean one of the pod's own to newer engines.
+fn user_namespace(range: Option<IdRange>) -> api::UserNamespace {
+    match range {
+        None => api::UserNamespace {
+            mode: api::NamespaceMode::Node.into(),
+            uids: Vec::new(),
+            gids: Vec::new(),
+        },
+        Some(range) => api::UserNamespace {
+            mode: api::NamespaceMode::Pod.into(),
+            uids: mappings(range),
+            gids: mappings(range),
+        },
+    }
+}
+
+fn device(device: &Device) -> api::Device {
+    api::Device {
+        container_path: device.container_path.clone(),
+        host_path: device.host_path.to_string_lossy().into_owned(),
+        permissions: if device.readonly { "r" } else { "mrw" }.to_owned(),
+    }
+}
+
+fn namespaces(options: NamespaceOptions, users: Option<IdRange>) -> api::NamespaceOption {
     use api::NamespaceMode::{Container, Node, Pod};
     let pod_or_node = |host| if host { Node } else { Pod };
     let pid = match (options.host_pid, options.share_process) {
@@ -131,6 +194,7 @@ fn namespaces(options: NamespaceOptions) -> api::NamespaceOption {
         network: pod_or_node(options.host_network).into(),
         pid: pid.into(),
         ipc: pod_or_node(options.host_ipc).into(),
+        userns_options: Some(user_namespace(users)),
     }
 }
 
@@ -155,7 +219,7 @@ fn variable((key, value): &(String, String)) -> api::KeyValue {
     }
 }
 
-fn mount(mount: &Mount) -> api::Mount {
+fn mount(mount: &Mount, users: Option<IdRange>) -> api::Mount {
     let propagation = match mount.propagation {
         Propagation::Private => api::MountPropagation::PropagationPrivate,
         Propagation::HostToContainer => api::MountPropagation::PropagationHostToContainer,
@@ -165,7 +229,20 @@ fn mount(mount: &Mount) -> api::Mount {
         container_path: mount.container_path.clone(),
         host_path: mount.host_path.to_string_lossy().into_owned(),
         readonly: mount.readonly,
+        selinux_relabel: mount.selinux_relabel,
         propagation: propagation.into(),
+        uid_mappings: users.map(mappings).unwrap_or_default(),
+        gid_mappings: users.map(mappings).unwrap_or_default(),
+        recursive_read_only: mount.recursive_readonly,
+        image: mount.image.as_ref().map(|image| api::ImageSpec {
+            image: image.reference.clone(),
+            user_specified_image: image.image.clone(),
+        }),
+        image_sub_path: mount
+            .image
+            .as_ref()
+            .map(|i| i.sub_path.clone())
+            .unwrap_or_default(),
     }
 }
 
@@ -193,33 +270,82 @@ pub(super) fn resources(resources: &Resources) -> api::LinuxContainerResources {
 fn security(
     container: &str,
     security: &Security,
-    options: NamespaceOptions,
+    sandbox: &SandboxConfig,
 ) -> Result<api::LinuxContainerSecurityContext, RuntimeError> {
     let masked = !security.privileged && !security.unmasked_proc;
-    let id = |value| api::Int64Value { value };
+    let (apparmor, apparmor_profile) = apparmor(&security.apparmor);
+    let masked_paths = MASKED_PATHS
+        .iter()
+        .chain(&MASKED_DEVICES)
+        .map(|p| (*p).to_owned());
     Ok(api::LinuxContainerSecurityContext {
         capabilities: Some(api::Capability {
             add_capabilities: security.add_capabilities.clone(),
             drop_capabilities: security.drop_capabilities.clone(),
         }),
         privileged: security.privileged,
-        namespace_options: Some(namespaces(options)),
-        run_as_user: security.run_as_user.map(id),
+        namespace_options: Some(namespaces(sandbox.namespaces, sandbox.user_namespace)),
+        selinux_options: security.selinux.as_ref().map(selinux),
+        run_as_user: security.run_as_user.map(number),
+        run_as_username: security.run_as_username.clone(),
         readonly_rootfs: security.readonly_rootfs,
         supplemental_groups: security.supplemental_groups.clone(),
         no_new_privs: security.no_new_privileges,
-        run_as_group: security.run_as_group.map(id),
-        masked_paths: when(masked, MASKED_PATHS.iter().chain(&MASKED_DEVICES)),
-        readonly_paths: when(masked, READONLY_PATHS.iter()),
+        run_as_group: security.run_as_group.map(number),
+        masked_paths: when(masked, masked_paths.chain(thermal_throttles())),
+        readonly_paths: when(masked, READONLY_PATHS.iter().map(|p| (*p).to_owned())),
         seccomp: Some(seccomp(container, &security.seccomp)?),
+        apparmor,
+        apparmor_profile,
+        supplemental_groups_policy: groups_policy(security.strict_groups),
     })
 }
 
-fn when<'a>(condition: bool, paths: impl Iterator<Item = &'a &'a str>) -> Vec<String> {
-    if !condition {
-        return Vec::new();
+fn when(condition: bool, paths: impl Iterator<Item = String>) -> Vec<String> {
+    if condition { paths.collect() } else { Vec::new() }
+}
+
+/// Each processor's counter of thermal events, where the kernel has one: the load of neighbours shows in it.
+fn thermal_throttles() -> Vec<String> {
+    let entries = std::fs::read_dir("/sys/devices/system/cpu")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut found: Vec<String> = entries
+        .filter(|entry| {
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|n| n.strip_prefix("cpu"));
+            number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        })
+        .map(|entry| entry.path().join("thermal_throttle"))
+        .filter(|path| path.exists())
+        .map(|path| path.to_string_lossy().into_owned())
+        .collect();
+    found.sort();
+    found
+}
+
+/// A profile as engines take it: a message, and the string that older ones read.
+fn apparmor(profile: &str) -> (Option<api::SecurityProfile>, String) {
+    use api::security_profile::ProfileType;
+    let made = |kind: ProfileType, name: &str| {
+        Some(api::SecurityProfile {
+            profile_type: kind.into(),
+            localhost_ref: name.to_owned(),
+        })
+    };
+    match profile {
+        "" => (None, String::new()),
+        "RuntimeDefault" => (
+            made(ProfileType::RuntimeDefault, ""),
+            "runtime/default".to_owned(),
+        ),
+        "Unconfined" => (made(ProfileType::Unconfined, ""), "unconfined".to_owned()),
+        other => {
+            let name = other.strip_prefix("Localhost/").unwrap_or(other);
+            (made(ProfileType::Localhost, name), format!("localhost/{name}"))
+        }
     }
-    paths.map(|path| (*path).to_owned()).collect()
 }
 
 fn seccomp(container: &str, profile: &str) -> Result<api::SecurityProfile, RuntimeError> {
@@ -248,7 +374,7 @@ mod tests {
     use super::*;
 
     fn modes(options: NamespaceOptions) -> (api::NamespaceMode, api::NamespaceMode, api::NamespaceMode) {
-        let made = namespaces(options);
+        let made = namespaces(options, None);
         (made.network(), made.pid(), made.ipc())
     }
 
@@ -275,11 +401,70 @@ mod tests {
         assert_eq!(modes(host), (Node, Node, Node));
     }
 
+    fn sandbox_with(user_namespace: Option<IdRange>) -> SandboxConfig {
+        SandboxConfig {
+            name: "p".into(),
+            namespace: "n".into(),
+            uid: "u".into(),
+            attempt: 0,
+            hostname: String::new(),
+            log_directory: std::path::PathBuf::new(),
+            dns: None,
+            ports: Vec::new(),
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            cgroup_parent: String::new(),
+            namespaces: NamespaceOptions::default(),
+            sysctls: BTreeMap::new(),
+            privileged: false,
+            runtime_handler: String::new(),
+            supplemental_groups: Vec::new(),
+            strict_groups: false,
+            run_as_user: None,
+            run_as_group: None,
+            selinux: None,
+            user_namespace,
+        }
+    }
+
+    #[test]
+    fn a_user_namespace_maps_the_pod_and_its_mounts_and_without_one_it_is_the_host_s() {
+        let range = IdRange {
+            first: 131_072,
+            count: 65_536,
+        };
+        let made = security("c", &Security::default(), &sandbox_with(Some(range))).unwrap();
+        let users = made.namespace_options.unwrap().userns_options.unwrap();
+        assert_eq!(users.mode(), api::NamespaceMode::Pod);
+        assert_eq!((users.uids[0].host_id, users.gids[0].length), (131_072, 65_536));
+        assert_eq!(mount(&Mount::default(), Some(range)).uid_mappings, users.uids);
+        let made = security("c", &Security::default(), &sandbox_with(None)).unwrap();
+        let users = made.namespace_options.unwrap().userns_options.unwrap();
+        assert_eq!(users.mode(), api::NamespaceMode::Node);
+    }
+
+    #[test]
+    fn an_apparmor_profile_is_told_to_new_and_old_engines() {
+        assert_eq!(apparmor(""), (None, String::new()));
+        assert_eq!(apparmor("RuntimeDefault").1, "runtime/default");
+        let (made, old) = apparmor("Localhost/k8s-deny");
+        assert_eq!(made.unwrap().localhost_ref, "k8s-deny");
+        assert_eq!(old, "localhost/k8s-deny");
+    }
+
     #[test]
     fn proc_is_masked_unless_privileged_or_unmasked() {
         let paths = |security: Security| {
-            let made = super::security("c", &security, NamespaceOptions::default()).unwrap();
-            (made.masked_paths.len(), made.readonly_paths.len())
+            let made = super::security("c", &security, &sandbox_with(None)).unwrap();
+            (
+                made.masked_paths.len()
+                    - if made.masked_paths.is_empty() {
+                        0
+                    } else {
+                        thermal_throttles().len()
+                    },
+                made.readonly_paths.len(),
+            )
         };
         assert_eq!(paths(Security::default()), (12, 5));
         let privileged = Security {

@@ -18,8 +18,8 @@ use super::api;
 use super::client::Client;
 use super::config::IMAGE_ANNOTATION;
 use crate::runtime::{
-    Container, ContainerId, ContainerState, Image, Inventory, RuntimeError, RuntimeStatus, Sandbox,
-    SandboxId, SandboxState, labels,
+    Container, ContainerId, ContainerState, Features, Handler, Image, Inventory, RuntimeError, RuntimeStatus,
+    Sandbox, SandboxId, SandboxState, labels,
 };
 
 /// Status calls under way at the same time; after a restart of the daemon there is one per object.
@@ -268,6 +268,31 @@ pub(super) fn runtime_status(conditions: &[api::RuntimeCondition]) -> RuntimeSta
         ready: holds("RuntimeReady"),
         network_ready: holds("NetworkReady"),
         message: failing.collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// What the engine says that it can do.
+pub(super) fn features(answer: &api::StatusResponse) -> Features {
+    Features {
+        supplemental_groups_policy: answer
+            .features
+            .as_ref()
+            .is_some_and(|f| f.supplemental_groups_policy),
+        handlers: answer
+            .runtime_handlers
+            .iter()
+            .map(|handler| {
+                let features = handler.features.as_ref();
+                Handler {
+                    name: handler.name.clone(),
+                    recursive_readonly: features.is_some_and(|f| f.recursive_read_only_mounts),
+                    user_namespaces: features.is_some_and(|f| f.user_namespaces),
+                }
+            })
+            .collect(),
+        // Engines learnt to mount images with the release in which they began to tell their groups policy
+        // (containerd 2.0 tells, 2.1 mounts): what cannot be told here shows when the container is made.
+        image_mounts: answer.features.is_some(),
     }
 }
 

@@ -28,8 +28,8 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Resources,
-    Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
+    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Features, Image, Inventory, RegistryAuth,
+    Resources, Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
     StreamEndpoint,
 };
 use crate::cgroup::Driver;
@@ -51,6 +51,7 @@ pub struct CriRuntime {
     usage: usage::Cache,
     /// Of an engine that cannot be asked.
     old_engine_driver: Driver,
+    features: std::sync::Mutex<Option<Features>>,
     _background: DropGuard,
 }
 
@@ -75,6 +76,7 @@ impl CriRuntime {
             changes,
             usage: usage::Cache::default(),
             old_engine_driver: Driver::default(),
+            features: std::sync::Mutex::default(),
             _background: background.drop_guard(),
         }
     }
@@ -116,8 +118,34 @@ impl Runtime for CriRuntime {
     }
 
     async fn status(&self) -> Result<RuntimeStatus, RuntimeError> {
-        let status = self.client.status().await?;
-        Ok(inventory::runtime_status(&status.conditions))
+        let answer = self.client.status().await?;
+        // Engines are updated while the daemon runs: the newest answer counts.
+        *self
+            .features
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(inventory::features(&answer));
+        Ok(inventory::runtime_status(
+            &answer.status.unwrap_or_default().conditions,
+        ))
+    }
+
+    async fn features(&self) -> Features {
+        let known = || {
+            self.features
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .clone()
+        };
+        if let Some(features) = known() {
+            return features;
+        }
+        match self.status().await {
+            Ok(_) => known().unwrap_or_default(),
+            Err(error) => {
+                tracing::warn!(%error, "the runtime does not say what it can do; the minimum is taken");
+                Features::default()
+            }
+        }
     }
 
     async fn list(&self) -> Result<Inventory, RuntimeError> {

@@ -146,6 +146,16 @@ fn check(security: &Security, groups: &[u32], root: bool) -> Result<(), RuntimeE
             "seccomp profiles of the host: leave seccompProfile at RuntimeDefault",
         ));
     }
+    if !matches!(security.apparmor.as_str(), "" | "Unconfined") {
+        return Err(unsupported(
+            "AppArmor profiles: leave appArmorProfile out, or choose a runtime with containers",
+        ));
+    }
+    if security.selinux.is_some() {
+        return Err(unsupported(
+            "seLinuxOptions: leave them out, or choose a runtime with containers",
+        ));
+    }
     if !root {
         if security.privileged {
             return Err(unsupported(
@@ -163,6 +173,9 @@ fn check(security: &Security, groups: &[u32], root: bool) -> Result<(), RuntimeE
 
 fn mounts(config: &ContainerConfig) -> Result<Vec<MountRecord>, RuntimeError> {
     let convert = |mount: &crate::runtime::Mount| {
+        if let Some(image) = &mount.image {
+            return Err(unsupported(format!("image volumes, asked for {}", image.image)));
+        }
         if mount.propagation == Propagation::Bidirectional {
             return Err(unsupported(format!(
                 "mountPropagation Bidirectional, asked for {}",

@@ -64,8 +64,8 @@ use tokio::sync::watch;
 use self::record::{ContainerRecord, ExitRecord, ProcessIdentity, RunRecord, SandboxRecord};
 use self::store::Store;
 use super::{
-    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Image, Inventory, RegistryAuth, Resources,
-    Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
+    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Features, Image, Inventory, RegistryAuth,
+    Resources, Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
     StreamEndpoint,
 };
 
@@ -259,6 +259,14 @@ impl Runtime for ProcessRuntime {
         })
     }
 
+    async fn features(&self) -> Features {
+        // There are no images whose groups could be merged: what is asked for is what a process gets.
+        Features {
+            supplemental_groups_policy: true,
+            ..Features::default()
+        }
+    }
+
     async fn list(&self) -> Result<Inventory, RuntimeError> {
         self.store().list()
     }
@@ -274,6 +282,15 @@ impl Runtime for ProcessRuntime {
     async fn run_sandbox(&self, config: &SandboxConfig) -> Result<SandboxId, RuntimeError> {
         if !config.sysctls.is_empty() {
             return Err(unsupported("sysctls: a pod shares the host's kernel parameters"));
+        }
+        if config.user_namespace.is_some() {
+            return Err(unsupported("user namespaces: leave hostUsers out"));
+        }
+        if !config.runtime_handler.is_empty() {
+            return Err(unsupported(format!(
+                "the handler {:?}: leave runtimeClassName out",
+                config.runtime_handler
+            )));
         }
         let id = self.store().add_sandbox(&SandboxRecord {
             pod_uid: config.uid.as_str().to_owned(),
