@@ -81,4 +81,15 @@ need_pymodbus() {
   python3 -m pip install -q --target "$BIN/python" 'pymodbus==3.16.*' >&2
 }
 
+# program NAME: one of Skerry's own, where cargo put it.
+program() { echo "${CARGO_TARGET_DIR:-$ROOT/target}/${SKERRY_PROFILE:-debug}/$1"; }
+
+# node_interface NAME ADDRESS: a bridge of this machine with ADDRESS, for Node status: the API server dials the node there
+# for logs and exec, and refuses loopback.
+node_interface() {
+  ip link show "$1" >/dev/null 2>&1 || ip link add "$1" type bridge
+  ip address replace "$2/32" dev "$1"
+  ip link set "$1" up
+}
+
 mkdir -p "$BIN"
