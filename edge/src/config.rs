@@ -1,15 +1,20 @@
 //! Settings of the edge daemon: flags over environment over file over defaults.
 
+mod duties;
+
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use skerry_telemetry::config;
 
 use crate::cgroup::Driver;
 use crate::node::{Reserved, Shares};
 
+pub use duties::{Duties, DutySettings};
 pub use skerry_telemetry::config::ConfigError;
 
 /// Read when it exists and no other file is named.
@@ -47,7 +52,7 @@ fn reserved(key: &str, text: Option<&str>, unit: i128) -> Result<u64, ConfigErro
 
 /// Settings as flags and environment variables give them; each may also stand in the file.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case")]
 pub struct Settings {
     /// Directory of the store, the identity and the pods' files [default: /var/lib/skerry]
     #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR")]
@@ -108,6 +113,14 @@ pub struct Settings {
     /// How log lines look: text or json [default: text]
     #[arg(long, env = "SKERRY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<String>,
+    /// What the node does by itself.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub duties: DutySettings,
+    /// Keys of the file that nobody knows; [`Settings::resolve`] refuses them.
+    #[arg(skip)]
+    #[serde(flatten)]
+    pub unknown: BTreeMap<String, IgnoredAny>,
 }
 
 /// Settings complete with defaults.
@@ -145,6 +158,8 @@ pub struct Config {
     pub log: String,
     /// See [`Settings::log_format`].
     pub log_format: skerry_telemetry::logging::LogFormat,
+    /// What the node does by itself.
+    pub duties: Duties,
 }
 
 impl Settings {
@@ -152,7 +167,15 @@ impl Settings {
     ///
     /// `file`: the one that the user named; else [`DEFAULT_FILE`] is read if it exists.
     pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
-        let from_file = config::read(file, Path::new(DEFAULT_FILE))?;
+        let from_file: Self = config::read(file, Path::new(DEFAULT_FILE))?;
+        if let Some(key) = from_file.unknown.keys().next() {
+            return Err(ConfigError::Parse {
+                file: file.unwrap_or(Path::new(DEFAULT_FILE)).to_owned(),
+                reason: format!(
+                    "unknown key `{key}`; skerry-edge run --help lists the flags, which are the keys"
+                ),
+            });
+        }
         self.over(from_file).complete()
     }
 
@@ -183,6 +206,8 @@ impl Settings {
             metrics_listen: self.metrics_listen.or(file.metrics_listen),
             log: self.log.or(file.log),
             log_format: self.log_format.or(file.log_format),
+            duties: self.duties.over(file.duties),
+            unknown: BTreeMap::new(),
         }
     }
 
@@ -258,6 +283,7 @@ impl Settings {
             log_format: format
                 .parse()
                 .map_err(|e| ConfigError::Value(format!("log-format: {e}")))?,
+            duties: self.duties.complete()?,
             data_dir,
         })
     }
@@ -284,6 +310,16 @@ mod tests {
         assert_eq!(config.shares.max_pods, 5);
         assert_eq!(config.runtime, RuntimeKind::Process);
         assert_eq!(config.root_dir, Path::new("/data/pods"));
+        let flags = Settings {
+            duties: DutySettings {
+                container_log_max_files: Some(3),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let file = "container-log-max-files = 9\ncontainer-log-max-size = '2Ki'\n";
+        let logs = resolve(file, flags).unwrap().duties.logs;
+        assert_eq!((logs.max_files, logs.max_bytes), (3, 2048));
     }
 
     #[test]
@@ -319,6 +355,10 @@ mod tests {
             "reserved-cpu = 'much'",
             "reserved-memory = '-1Gi'",
             "cgroup-driver = 'x'",
+            "container-log-max-size = 'much'",
+            "container-log-max-files = 1",
+            "container-log-monitor-interval = '0s'",
+            "image-gc-low-threshold-percent = 90",
         ] {
             assert!(resolve(wrong, Settings::default()).is_err(), "{wrong}");
         }

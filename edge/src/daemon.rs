@@ -16,10 +16,12 @@ use crate::clock::SystemClock;
 use crate::config::{Config, ConfigError, RuntimeKind};
 use crate::devices::{self, Devices};
 use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
+use crate::images;
 use crate::link::{Dial, Greeting, Link, boot_id};
 use crate::metrics::Metrics;
 use crate::node::{self, NodeConfig};
 use crate::pods::{self, Pods, PodsConfig};
+use crate::rotation;
 use crate::runtime::cri::CriRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Runtime, RuntimeError};
@@ -79,6 +81,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             cgroups: true,
             pod_pids_limit: config.pod_pids_limit,
             data_dir: config.data_dir.clone(),
+            dead: config.duties.dead,
             ..PodsConfig::default()
         },
         store.clone(),
@@ -108,7 +111,25 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         skerry_telemetry::http::serve(config.metrics_listen, endpoints, stop.clone()).await?;
     tracing::info!(metrics = %address, "health and metrics are served");
 
+    let images = images::Collector::new(
+        config.duties.images,
+        images::Deps {
+            node: site.clone(),
+            runtime: Arc::clone(&runtime),
+            needs: Arc::new(pods.clone()),
+            store: store.clone(),
+            events: pods.node_events(),
+            clock: Arc::new(SystemClock),
+        },
+    );
     let mut rooms = JoinSet::new();
+    rooms.spawn(images.run(stop.clone()));
+    rooms.spawn(rotation::run(
+        config.duties.logs,
+        Arc::clone(&runtime),
+        Arc::new(SystemClock),
+        stop.clone(),
+    ));
     rooms.spawn(node::run(
         NodeConfig {
             site,

@@ -45,6 +45,7 @@ pub struct Site {
     containerd: Option<Containerd>,
     relay: Relay,
     modbus: Option<SocketAddr>,
+    flags: Vec<String>,
     metrics: SocketAddr,
     edge: Option<Daemon>,
 }
@@ -84,6 +85,7 @@ impl Site {
             containerd: (runtime == Runtime::Containerd).then(|| Containerd::start(&dir.join("containerd"))),
             relay: Relay::to(cluster.link()),
             modbus: None,
+            flags: Vec::new(),
             metrics: SocketAddr::from(([127, 0, 0, 1], free_port())),
             edge: None,
             dir,
@@ -120,6 +122,11 @@ impl Site {
         self.modbus = Some(endpoint);
     }
 
+    /// Further flags of `skerry-edge run`, from the next start of the daemon on.
+    pub fn set_flags(&mut self, flags: &[&str]) {
+        self.flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+    }
+
     /// `skerry-edge join` with that token, through the relay.
     pub fn join(&self, token: &str) -> Output {
         join(&self.relay.address().to_string(), token, &self.data_dir())
@@ -145,6 +152,7 @@ impl Site {
         };
         command.arg("--pod-log-dir").arg(self.dir.join("pod-logs"));
         command.args(["--metrics-listen", &self.metrics.to_string()]);
+        command.args(&self.flags);
         if let Some(endpoint) = self.modbus {
             command.args(["--modbus-endpoint", &endpoint.to_string()]);
         }

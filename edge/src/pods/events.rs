@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
+use skerry_proto::SiteName;
 use skerry_proto::link::{EventReport, report};
 
 use crate::clock::Clock;
@@ -19,8 +20,10 @@ const MAX_SERIES: usize = 4096;
 
 /// Whether an operator should care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Level {
+pub enum Level {
+    /// All is as it should be.
     Normal,
+    /// Somebody should look.
     Warning,
 }
 
@@ -76,9 +79,23 @@ impl Events {
                 if init { "initContainers" } else { "containers" }
             )
         });
+        let about = EventReport {
+            kind: "Pod".to_owned(),
+            api_version: "v1".to_owned(),
+            namespace: pod.metadata.namespace.clone().unwrap_or_default(),
+            name: pod.metadata.name.clone().unwrap_or_default(),
+            uid,
+            field_path,
+            ..Default::default()
+        };
+        self.send(about, level, reason, message, now).await;
+    }
+
+    /// Counts and queues an event about an object.
+    async fn send(&self, about: EventReport, level: Level, reason: &str, message: String, now: Timestamp) {
         let key = (
-            uid.clone(),
-            field_path.clone(),
+            about.uid.clone(),
+            about.field_path.clone(),
             reason.to_owned(),
             message.clone(),
         );
@@ -87,16 +104,17 @@ impl Events {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .count(key, now);
-        tracing::debug!(pod = pod.metadata.name, uid, reason, message, "pod event");
+        tracing::debug!(
+            kind = about.kind,
+            name = about.name,
+            uid = about.uid,
+            reason,
+            message,
+            "event"
+        );
         let Some((count, first)) = counted else { return };
         let nanos = |t: Timestamp| i64::try_from(t.as_nanosecond()).unwrap_or_default();
         let event = EventReport {
-            kind: "Pod".to_owned(),
-            api_version: "v1".to_owned(),
-            namespace: pod.metadata.namespace.clone().unwrap_or_default(),
-            name: pod.metadata.name.clone().unwrap_or_default(),
-            uid,
-            field_path,
             r#type: match level {
                 Level::Normal => "Normal",
                 Level::Warning => "Warning",
@@ -107,6 +125,7 @@ impl Events {
             count,
             first_unix_nanos: nanos(first),
             last_unix_nanos: nanos(now),
+            ..about
         };
         let report = NewReport {
             coalesce: None,
@@ -114,7 +133,7 @@ impl Events {
             body: report::Report::Event(event),
         };
         if let Err(error) = self.store.report(report).await {
-            tracing::error!(%error, reason, "a pod event could not be queued");
+            tracing::error!(%error, reason, "an event could not be queued");
         }
     }
 
@@ -123,6 +142,25 @@ impl Events {
         let mut book = self.series.lock().unwrap_or_else(PoisonError::into_inner);
         book.series.retain(|key, _| key.0 != uid);
         book.buckets.remove(uid);
+    }
+}
+
+/// Emits events about the Node. Clones share the counts, also with those about pods.
+#[derive(Clone)]
+pub struct NodeEvents(pub(super) Events);
+
+impl NodeEvents {
+    /// An event of the Node, under its name as UID, as a kubelet's.
+    pub async fn emit(&self, node: &SiteName, level: Level, reason: &str, message: String) {
+        let about = EventReport {
+            kind: "Node".to_owned(),
+            api_version: "v1".to_owned(),
+            name: node.to_string(),
+            uid: node.to_string(),
+            ..Default::default()
+        };
+        let now = self.0.clock.now();
+        self.0.send(about, level, reason, message, now).await;
     }
 }
 

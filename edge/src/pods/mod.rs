@@ -18,6 +18,7 @@
 mod backoff;
 mod config;
 mod create;
+mod dead;
 mod env;
 mod events;
 #[cfg(test)]
@@ -26,10 +27,11 @@ mod groups;
 mod hooks;
 mod images;
 mod message;
+mod needs;
 mod network;
 mod objects;
 mod plan;
-mod quantity;
+pub(crate) mod quantity;
 mod record;
 mod resources;
 mod security;
@@ -61,6 +63,9 @@ use events::Events;
 use images::Images;
 use record::PodRecord;
 use worker::{Orders, Shared, Worker};
+
+pub use dead::DeadPolicy;
+pub use events::{Level, NodeEvents};
 
 /// The status of a pod that was last reported; `None` when none was.
 pub fn last_status(store: &Store, uid: &Uid) -> Option<PodStatus> {
@@ -111,6 +116,8 @@ pub struct PodsConfig {
     pub data_dir: PathBuf,
     /// Directory of the seccomp profiles that pods name as `Localhost`.
     pub seccomp_dir: PathBuf,
+    /// Dead containers to keep.
+    pub dead: DeadPolicy,
 }
 
 impl Default for PodsConfig {
@@ -130,6 +137,7 @@ impl Default for PodsConfig {
             pod_pids_limit: None,
             data_dir: PathBuf::from("/var/lib/skerry"),
             seccomp_dir: PathBuf::from("/var/lib/kubelet/seccomp"),
+            dead: DeadPolicy::default(),
         }
     }
 }
@@ -191,6 +199,11 @@ impl Pods {
     /// Reports every pod's status again, changed or not: the API may have lost or altered it meanwhile.
     pub fn report_all(&self) {
         self.shared.report_round.send_modify(|round| *round += 1);
+    }
+
+    /// Emits events about the Node.
+    pub fn node_events(&self) -> NodeEvents {
+        NodeEvents(self.shared.events.clone())
     }
 
     /// Pods that have a worker.

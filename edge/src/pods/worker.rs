@@ -471,36 +471,6 @@ impl Worker {
         }
         Ok(progress)
     }
-
-    /// Keeps the newest dead instance of each container, for `logs --previous`.
-    async fn collect_dead(&mut self) {
-        let mut dead = BTreeMap::<String, usize>::new();
-        for container in self.view.containers.clone() {
-            let exited = matches!(container.state, crate::runtime::ContainerState::Exited { .. });
-            let newest = self
-                .record
-                .last(&container.name)
-                .is_some_and(|l| l.id == container.id.0);
-            if !exited {
-                continue;
-            }
-            let count = dead.entry(container.name.clone()).or_default();
-            *count += 1;
-            if *count > 1 && !newest {
-                if let Err(error) = self.shared.runtime.remove_container(&container.id).await {
-                    tracing::debug!(id = container.id.0, %error, "a dead container could not be removed");
-                }
-                let _ = std::fs::remove_file(&container.log_path);
-            }
-        }
-        let old: Vec<_> = self.view.sandboxes.iter().skip(1).cloned().collect();
-        for sandbox in old {
-            let used = self.view.containers.iter().any(|c| c.sandbox == sandbox.id);
-            if !used && let Err(error) = self.shared.runtime.remove_sandbox(&sandbox.id).await {
-                tracing::debug!(id = sandbox.id.0, %error, "an old sandbox could not be removed");
-            }
-        }
-    }
 }
 
 /// The grace that a pod's containers get.

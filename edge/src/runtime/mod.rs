@@ -14,7 +14,7 @@ pub mod cri;
 mod features;
 pub mod process;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -477,6 +477,17 @@ pub struct Image {
     pub username: String,
 }
 
+/// A file system that holds images or containers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageFs {
+    /// A directory on it, on this machine.
+    pub mountpoint: PathBuf,
+    /// Bytes that images use, as far as the runtime says.
+    pub used_bytes: u64,
+    /// Inodes that images use, as far as the runtime says.
+    pub inodes_used: u64,
+}
+
 /// Credentials for one registry.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RegistryAuth {
@@ -663,6 +674,36 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// Every image, for node status and garbage collection.
     async fn list_images(&self) -> Result<Vec<Image>, RuntimeError>;
+
+    /// Forgets an image, by its id, under all of its names. One that is gone is success.
+    async fn remove_image(&self, id: &str) -> Result<(), RuntimeError> {
+        Err(self.without(format!("removing image {id}")))
+    }
+
+    /// Ids and references of the images that must stay whatever our pods say: those that the runtime needs itself,
+    /// and those of every container of the runtime, ours or not. Complete or an error.
+    async fn images_in_use(&self) -> Result<BTreeSet<String>, RuntimeError> {
+        Err(self.without("telling the images in use".to_owned()))
+    }
+
+    /// The file systems that images are on; none when the runtime keeps no images.
+    async fn image_fs_info(&self) -> Result<Vec<ImageFs>, RuntimeError> {
+        Err(self.without("telling the file system of images".to_owned()))
+    }
+
+    /// Opens a running container's log file anew, after the old one was renamed. The new file is there afterwards,
+    /// and nothing more goes to the old one.
+    async fn reopen_log(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        Err(self.without(format!("reopening the log of container {}", id.0)))
+    }
+
+    /// The error of an operation that this runtime lacks.
+    fn without(&self, what: String) -> RuntimeError {
+        RuntimeError::Unsupported {
+            runtime: self.scheme(),
+            what,
+        }
+    }
 
     /// Runs a command in a container to its end, within `timeout`. Output is cut at 16 MiB.
     async fn exec_sync(

@@ -1,7 +1,6 @@
 //! `kubectl logs`: reads a container's log file, and follows it while the container runs.
 
-use std::io::{self, SeekFrom};
-use std::os::unix::fs::MetadataExt;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,11 +8,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use skerry_proto::limits::TUNNEL_CHUNK_BYTES;
 use skerry_proto::link::{LogsTarget, tunnel_frame::Frame};
-use tokio::fs::File;
-use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::watch;
 
-use super::lines::{Format, Printer, tail_start};
+use super::follow::{AtEnd, Reader};
+use super::lines::Format;
 use super::select::{self, LogFile};
 use super::{StreamError, Streams, Wire};
 use crate::runtime::{ContainerId, ContainerState, Runtime};
@@ -97,19 +95,19 @@ async fn print(
             .await
             .map_err(|error| unreadable(&file.path, &error))?
         {
-            if !send(&wire, &mut text).await || reader.printer.full() {
+            if !send(&wire, &mut text).await || reader.full() {
                 return Ok(());
             }
         }
-        if reader
-            .rotated(&file.path, &mut text)
+        let end = reader
+            .at_end()
             .await
-            .map_err(|error| unreadable(&file.path, &error))?
-        {
+            .map_err(|error| unreadable(&file.path, &error))?;
+        if end == AtEnd::GoesOn {
             continue;
         }
-        if ended {
-            reader.printer.finish(&mut text);
+        if ended && end == AtEnd::Last {
+            reader.finish(&mut text);
             send(&wire, &mut text).await;
             return Ok(());
         }
@@ -170,70 +168,6 @@ impl Writer<'_> {
     }
 }
 
-/// An open log file and what it prints.
-struct Reader {
-    /// Absent while the runtime has not made the file yet.
-    file: Option<File>,
-    printer: Printer,
-    buffer: Vec<u8>,
-}
-
-impl Reader {
-    async fn open(path: &Path, tail: Option<u64>, format: Format) -> io::Result<Self> {
-        let mut file = open(path).await?;
-        if let (Some(file), Some(count)) = (&mut file, tail) {
-            let start = tail_start(file, count).await?;
-            file.seek(SeekFrom::Start(start)).await?;
-        }
-        Ok(Self {
-            file,
-            printer: Printer::new(format),
-            buffer: vec![0; TUNNEL_CHUNK_BYTES],
-        })
-    }
-
-    /// Reads a piece; false at the end of the file.
-    async fn read(&mut self, text: &mut Vec<u8>) -> io::Result<bool> {
-        let Some(file) = &mut self.file else {
-            return Ok(false);
-        };
-        let count = file.read(&mut self.buffer).await?;
-        self.printer.push(&self.buffer[..count], text);
-        Ok(count > 0)
-    }
-
-    /// At the end of the file: whether another file has its path now, which is then the one that is read. A file
-    /// that was cut is read from its start.
-    async fn rotated(&mut self, path: &Path, text: &mut Vec<u8>) -> io::Result<bool> {
-        let Ok(now) = tokio::fs::metadata(path).await else {
-            return Ok(false);
-        };
-        if let Some(file) = &mut self.file {
-            let ours = file.metadata().await?;
-            if (ours.dev(), ours.ino()) == (now.dev(), now.ino()) {
-                let cut = now.len() < file.stream_position().await?;
-                if cut {
-                    file.seek(SeekFrom::Start(0)).await?;
-                }
-                return Ok(cut);
-            }
-            // What was written between the last read and the rename.
-            while self.read(text).await? {}
-            self.printer.finish(text);
-        }
-        self.file = open(path).await?;
-        Ok(self.file.is_some())
-    }
-}
-
-async fn open(path: &Path) -> io::Result<Option<File>> {
-    match File::open(path).await {
-        Ok(file) => Ok(Some(file)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,7 +219,7 @@ mod tests {
     async fn following_goes_on_across_a_rotation_until_the_container_has_ended() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("0.log");
-        let mut file = File::create(&path).await.unwrap().into_std().await;
+        let mut file = std::fs::File::create(&path).unwrap();
         writeln!(file, "{LINE} a").unwrap();
         let runtime = FakeRuntime::with_container(&path, true);
         let target = LogsTarget {

@@ -11,6 +11,7 @@
 //! What must always hold: everything that a tunnel started ends with it, and nothing from the cloud is allocated
 //! for without a limit.
 
+mod follow;
 mod lines;
 mod logs;
 mod process;

@@ -6,6 +6,7 @@
 
 mod autonomy;
 mod devices;
+mod duties;
 mod enrolment;
 mod pods;
 mod programs;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     let scenarios = [
         autonomy::scenarios(),
         devices::scenarios(),
+        duties::scenarios(),
         store::scenarios(),
         enrolment::scenarios(),
         pods::scenarios(),

@@ -108,7 +108,16 @@ impl Client {
     }
 
     pub(super) async fn status(&self) -> Result<api::StatusResponse, RuntimeError> {
-        let request = api::StatusRequest { verbose: false };
+        self.status_call(false).await
+    }
+
+    /// Free-form information about the engine, its configuration among it.
+    pub(super) async fn info(&self) -> Result<std::collections::HashMap<String, String>, RuntimeError> {
+        Ok(self.status_call(true).await?.info)
+    }
+
+    async fn status_call(&self, verbose: bool) -> Result<api::StatusResponse, RuntimeError> {
+        let request = api::StatusRequest { verbose };
         Self::within(CALL_LIMIT, self.runtime.clone().status(request))
             .await
             .map_err(|status| self.error("the runtime's status", &status))
@@ -278,6 +287,18 @@ impl Client {
         }
     }
 
+    pub(super) async fn reopen_container_log(&self, id: &str) -> Result<(), RuntimeError> {
+        let request = api::ReopenContainerLogRequest {
+            container_id: id.to_owned(),
+        };
+        self.done(
+            format!("container {id}"),
+            CALL_LIMIT,
+            self.runtime.clone().reopen_container_log(request),
+        )
+        .await
+    }
+
     /// A call whose answer says no more than that it worked.
     async fn done<T>(
         &self,
@@ -319,6 +340,16 @@ impl Client {
             .await
             .map(|answer| answer.containers)
             .map_err(|status| self.error("the list of containers", &status))
+    }
+
+    /// Images of all containers of the engine, whoever made them.
+    pub(super) async fn images_of_all_containers(&self) -> Result<Vec<String>, RuntimeError> {
+        let request = api::ListContainersRequest { filter: None };
+        let answer = Self::within(CALL_LIMIT, self.runtime.clone().list_containers(request))
+            .await
+            .map_err(|status| self.error("the list of containers", &status))?;
+        let names = |c: api::Container| [c.image_ref, c.image.map(|i| i.image).unwrap_or_default()];
+        Ok(answer.containers.into_iter().flat_map(names).collect())
     }
 
     pub(super) async fn pod_sandbox_status(&self, id: &str) -> Result<api::PodSandboxStatus, RuntimeError> {
@@ -447,6 +478,18 @@ impl Client {
             .await
             .map(|answer| answer.images)
             .map_err(|status| self.error("the list of images", &status))
+    }
+
+    pub(super) async fn remove_image(&self, id: &str) -> Result<(), RuntimeError> {
+        let request = api::RemoveImageRequest {
+            image: Some(image_spec(id)),
+        };
+        self.done(
+            format!("image {id}"),
+            CALL_LIMIT,
+            self.images.clone().remove_image(request),
+        )
+        .await
     }
 
     pub(super) async fn exec_sync(

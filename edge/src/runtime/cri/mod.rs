@@ -6,7 +6,8 @@
 //! * [`inventory`]: what the runtime has, in ours, asking only about what has changed;
 //! * [`changes`]: notices that something has changed;
 //! * [`usage`]: where the use of containers is read;
-//! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken.
+//! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken;
+//! * [`stay`]: which images must stay, and where images are kept.
 //!
 //! The runtime keeps all state: a new [`CriRuntime`] on the same socket sees what an earlier one made. The engine may
 //! start later than the daemon and be restarted at any time; until it answers, every call fails with
@@ -18,8 +19,10 @@ mod config;
 mod failure;
 mod inventory;
 mod reserved;
+mod stay;
 mod usage;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -28,7 +31,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Features, Image, Inventory, RegistryAuth,
+    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Features, Image, ImageFs, Inventory, RegistryAuth,
     Resources, Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
     StreamEndpoint,
 };
@@ -246,6 +249,27 @@ impl Runtime for CriRuntime {
     async fn list_images(&self) -> Result<Vec<Image>, RuntimeError> {
         let found = self.client.list_images().await?;
         Ok(found.into_iter().map(inventory::image).collect())
+    }
+
+    async fn remove_image(&self, id: &str) -> Result<(), RuntimeError> {
+        gone_is_success(self.client.remove_image(id).await)
+    }
+
+    async fn images_in_use(&self) -> Result<BTreeSet<String>, RuntimeError> {
+        stay::images_in_use(&self.client).await
+    }
+
+    async fn image_fs_info(&self) -> Result<Vec<ImageFs>, RuntimeError> {
+        let found = self.client.image_fs_info().await?;
+        Ok(found
+            .image_filesystems
+            .into_iter()
+            .filter_map(stay::image_fs)
+            .collect())
+    }
+
+    async fn reopen_log(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        self.client.reopen_container_log(&id.0).await
     }
 
     async fn exec_sync(

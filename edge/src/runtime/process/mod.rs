@@ -42,11 +42,13 @@ mod exec;
 mod launch;
 mod log;
 mod record;
+mod reopen;
 mod rootfs;
 pub mod shim;
 mod store;
 mod usage;
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -64,7 +66,7 @@ use tokio::sync::watch;
 use self::record::{ContainerRecord, ExitRecord, ProcessIdentity, RunRecord, SandboxRecord};
 use self::store::Store;
 use super::{
-    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Features, Image, Inventory, RegistryAuth,
+    ContainerConfig, ContainerId, ExecOutput, ExecRequest, Features, Image, ImageFs, Inventory, RegistryAuth,
     Resources, Runtime, RuntimeError, RuntimeStatus, RuntimeUse, RuntimeVersion, SandboxConfig, SandboxId,
     StreamEndpoint,
 };
@@ -440,6 +442,23 @@ impl Runtime for ProcessRuntime {
 
     async fn list_images(&self) -> Result<Vec<Image>, RuntimeError> {
         Ok(Vec::new())
+    }
+
+    async fn remove_image(&self, _id: &str) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
+    async fn images_in_use(&self) -> Result<BTreeSet<String>, RuntimeError> {
+        Ok(BTreeSet::new())
+    }
+
+    async fn image_fs_info(&self) -> Result<Vec<ImageFs>, RuntimeError> {
+        Ok(Vec::new())
+    }
+
+    async fn reopen_log(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let (dir, container) = self.record(id)?;
+        reopen::reopen(&dir, &container, &id.0).await
     }
 
     async fn exec_sync(

@@ -119,6 +119,9 @@ pub(super) struct RunRecord {
     pub(super) cgroups: Vec<PathBuf>,
     /// What could not be done, for the operator.
     pub(super) notes: Vec<String>,
+    /// The shim opens its log anew on SIGHUP.
+    #[serde(default)]
+    pub(super) reopens_log: bool,
 }
 
 /// Written by the shim when all is over.

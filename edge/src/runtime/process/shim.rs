@@ -108,7 +108,7 @@ fn run(dir: &Path) -> Result<(), String> {
     let (cgroups, notes) = cgroup::create(&record.launch.cgroup, &record.launch.limits());
     match start(dir, &record, &cgroups) {
         Ok(started) => {
-            let answer = supervise(dir, cgroups, notes, started, &mut log);
+            let answer = supervise(dir, cgroups, notes, started, &mut log, &record.log_path);
             answer.map_err(|e| e.to_string())
         }
         Err(message) => {
@@ -184,6 +184,7 @@ fn start(dir: &Path, record: &ContainerRecord, cgroups: &[PathBuf]) -> Result<St
     let text = |what: &'static str| move |e: Errno| format!("cannot make {what}: {e}");
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGCHLD);
+    mask.add(Signal::SIGHUP);
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).map_err(text("the signal mask"))?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(text("a signal descriptor"))?;
@@ -352,6 +353,7 @@ fn supervise(
     mut notes: Vec<String>,
     mut started: Started,
     log: &mut File,
+    log_path: &Path,
 ) -> io::Result<()> {
     let started_at = Timestamp::now();
     for note in &started.report.notes {
@@ -369,10 +371,11 @@ fn supervise(
         mount_namespace: started.report.mount_namespace,
         cgroups,
         notes: notes.clone(),
+        reopens_log: true,
     };
     record::write(dir, files::RUN, &run)?;
     answer_daemon(&StartAnswer { error: None, notes });
-    let (code, signal) = pump(&mut started, log);
+    let (code, signal) = pump(&mut started, log, log_path);
     let oom = signal == Some(Signal::SIGKILL) && cgroup::oom_killed(&run.cgroups);
     cgroup::remove(&run.cgroups);
     let reason = if oom {
@@ -394,7 +397,7 @@ fn supervise(
 }
 
 /// Copies the streams into the log until the program has ended and everything that it left is dead.
-fn pump(started: &mut Started, log: &mut File) -> (i32, Option<Signal>) {
+fn pump(started: &mut Started, log: &mut File, log_path: &Path) -> (i32, Option<Signal>) {
     let mut sources: Vec<(File, LineLog)> = Vec::new();
     if let Ok(out) = started.out.try_clone() {
         sources.push((File::from(out), LineLog::new("stdout")));
@@ -422,6 +425,14 @@ fn pump(started: &mut Started, log: &mut File) -> (i32, Option<Signal>) {
                 Ok(_) | Err(_) => fds.iter().map(|fd| fd.any().unwrap_or(false)).collect(),
             }
         };
+        // Before what came is written: after the rename nothing more belongs into the old file.
+        while let Ok(Some(got)) = started.signals.read_signal() {
+            if got.ssi_signo == Signal::SIGHUP as u32
+                && let Ok(new) = open_log(log_path)
+            {
+                *log = new;
+            }
+        }
         let mut index = 0;
         sources.retain_mut(|(file, lines)| {
             index += 1;
@@ -441,7 +452,6 @@ fn pump(started: &mut Started, log: &mut File) -> (i32, Option<Signal>) {
                 }
             }
         });
-        while let Ok(Some(_)) = started.signals.read_signal() {}
         if let Some(status) = reap(started.pid)
             && ended.is_none()
         {

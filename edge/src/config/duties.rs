@@ -1,0 +1,172 @@
+//! Settings of what a node does by itself, under the names that a kubelet gives them.
+
+use std::time::Duration;
+
+use clap::Args;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use serde::Deserialize;
+use skerry_proto::device::parse_duration;
+
+use super::ConfigError;
+use crate::images::Policy as ImagePolicy;
+use crate::pods::{DeadPolicy, quantity};
+use crate::rotation::Policy as LogPolicy;
+
+/// Declares settings once: as flags, variables and keys of the file, each optional, the first given one winning.
+macro_rules! settings {
+    ($(#[$about:meta])* $name:ident { $($(#[$meta:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$about])*
+        #[derive(Args, Clone, Debug, Default, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        pub struct $name {
+            $($(#[$meta])* pub $field: Option<$type>,)*
+        }
+
+        impl $name {
+            /// Takes from `file` what is not given here.
+            pub(super) fn over(self, file: Self) -> Self {
+                Self { $($field: self.$field.or(file.$field),)* }
+            }
+        }
+    };
+}
+
+settings! {
+    /// What a node does by itself, as flags, environment variables and the file give it.
+    DutySettings {
+        /// Size at which a container's log is rotated [default: 10Mi]
+        #[arg(long, env = "SKERRY_CONTAINER_LOG_MAX_SIZE", value_name = "QUANTITY")]
+        container_log_max_size: String,
+        /// Most log files per container, the current one included; at least 2 [default: 5]
+        #[arg(long, env = "SKERRY_CONTAINER_LOG_MAX_FILES", value_name = "N")]
+        container_log_max_files: u32,
+        /// How often the sizes of logs are looked at [default: 10s]
+        #[arg(long, env = "SKERRY_CONTAINER_LOG_MONITOR_INTERVAL", value_name = "DURATION")]
+        container_log_monitor_interval: String,
+        /// Used share of the images' file system at which unused images are removed, in percent [default: 85]
+        #[arg(long, env = "SKERRY_IMAGE_GC_HIGH_THRESHOLD_PERCENT", value_name = "PERCENT")]
+        image_gc_high_threshold_percent: u8,
+        /// Used share down to which unused images are removed, in percent [default: 80]
+        #[arg(long, env = "SKERRY_IMAGE_GC_LOW_THRESHOLD_PERCENT", value_name = "PERCENT")]
+        image_gc_low_threshold_percent: u8,
+        /// Images that came later than this ago are not removed [default: 2m]
+        #[arg(long, env = "SKERRY_IMAGE_MINIMUM_GC_AGE", value_name = "DURATION")]
+        image_minimum_gc_age: String,
+        /// Unused images older than this are removed even where there is room; 0s = never [default: 0s]
+        #[arg(long, env = "SKERRY_IMAGE_MAXIMUM_GC_AGE", value_name = "DURATION")]
+        image_maximum_gc_age: String,
+        /// How often unused images are looked for [default: 5m]
+        #[arg(long, env = "SKERRY_IMAGE_GC_PERIOD", value_name = "DURATION")]
+        image_gc_period: String,
+        /// Dead containers younger than this are not removed [default: 0s]
+        #[arg(long, env = "SKERRY_MINIMUM_CONTAINER_TTL_DURATION", value_name = "DURATION")]
+        minimum_container_ttl_duration: String,
+        /// Dead instances to keep of each container, for logs --previous [default: 1]
+        #[arg(long, env = "SKERRY_MAXIMUM_DEAD_CONTAINERS_PER_CONTAINER", value_name = "N")]
+        maximum_dead_containers_per_container: u32,
+    }
+}
+
+/// [`DutySettings`] complete with defaults.
+#[derive(Clone, Debug)]
+pub struct Duties {
+    /// When and how logs are rotated.
+    pub logs: LogPolicy,
+    /// When unused images are removed.
+    pub images: ImagePolicy,
+    /// Which dead containers are kept.
+    pub dead: DeadPolicy,
+}
+
+impl DutySettings {
+    pub(super) fn complete(self) -> Result<Duties, ConfigError> {
+        let defaults = LogPolicy::default();
+        let logs = LogPolicy {
+            max_bytes: bytes(
+                "container-log-max-size",
+                self.container_log_max_size,
+                defaults.max_bytes,
+            )?,
+            max_files: match self.container_log_max_files {
+                None => defaults.max_files,
+                Some(files) if files >= 2 => files as usize,
+                Some(files) => {
+                    return Err(ConfigError::Value(format!(
+                        "container-log-max-files {files} must be 2 at least: the current file and one before it"
+                    )));
+                }
+            },
+            every: duration(
+                "container-log-monitor-interval",
+                self.container_log_monitor_interval,
+                defaults.every,
+            )?,
+        };
+        let defaults = ImagePolicy::default();
+        let images = ImagePolicy {
+            high_percent: self
+                .image_gc_high_threshold_percent
+                .unwrap_or(defaults.high_percent),
+            low_percent: self
+                .image_gc_low_threshold_percent
+                .unwrap_or(defaults.low_percent),
+            min_age: period(
+                "image-minimum-gc-age",
+                self.image_minimum_gc_age,
+                defaults.min_age,
+            )?,
+            max_age: period(
+                "image-maximum-gc-age",
+                self.image_maximum_gc_age,
+                defaults.max_age,
+            )?,
+            every: duration("image-gc-period", self.image_gc_period, defaults.every)?,
+        };
+        if images.high_percent > 100 || images.low_percent > images.high_percent {
+            return Err(ConfigError::Value(format!(
+                "image-gc-low-threshold-percent {} must not be above image-gc-high-threshold-percent {}, and that not \
+                 above 100",
+                images.low_percent, images.high_percent
+            )));
+        }
+        let defaults = DeadPolicy::default();
+        let dead = DeadPolicy {
+            min_age: period(
+                "minimum-container-ttl-duration",
+                self.minimum_container_ttl_duration,
+                defaults.min_age,
+            )?,
+            per_container: self
+                .maximum_dead_containers_per_container
+                .map_or(defaults.per_container, |n| n as usize),
+        };
+        Ok(Duties { logs, images, dead })
+    }
+}
+
+/// A size such as `10Mi`, above zero.
+fn bytes(key: &str, given: Option<String>, default: u64) -> Result<u64, ConfigError> {
+    let Some(text) = given else { return Ok(default) };
+    quantity::value(&Quantity(text.clone()))
+        .and_then(|value| u64::try_from(value).ok())
+        .filter(|value| *value > 0)
+        .ok_or_else(|| {
+            ConfigError::Value(format!(
+                "{key} {text:?} must be a size above zero, for example 10Mi"
+            ))
+        })
+}
+
+/// A duration such as `1m30s`, above zero.
+fn duration(key: &str, given: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
+    match period(key, given, default)? {
+        Duration::ZERO => Err(ConfigError::Value(format!("{key} must be above zero"))),
+        value => Ok(value),
+    }
+}
+
+/// A duration such as `1m30s`, or none at all.
+fn period(key: &str, given: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
+    let Some(text) = given else { return Ok(default) };
+    parse_duration(&text).map_err(|error| ConfigError::Value(format!("{key}: {error}")))
+}
