@@ -359,6 +359,7 @@ mod tests {
             "container-log-max-files = 1",
             "container-log-monitor-interval = '0s'",
             "image-gc-low-threshold-percent = 90",
+            "eviction-hard = 'disk<1'",
         ] {
             assert!(resolve(wrong, Settings::default()).is_err(), "{wrong}");
         }

@@ -136,6 +136,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             data_dir: config.data_dir.clone(),
             shares: config.shares,
             fallback_machine_id: store.id().to_owned(),
+            eviction: config.duties.eviction,
         },
         store.clone(),
         runtime,

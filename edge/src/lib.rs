@@ -11,6 +11,7 @@ pub mod clock;
 pub mod config;
 pub mod daemon;
 pub mod devices;
+pub mod eviction;
 pub mod identity;
 pub mod images;
 pub mod link;

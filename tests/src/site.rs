@@ -153,6 +153,10 @@ impl Site {
         command.arg("--pod-log-dir").arg(self.dir.join("pod-logs"));
         command.args(["--metrics-listen", &self.metrics.to_string()]);
         command.args(&self.flags);
+        if !self.flags.iter().any(|flag| flag.starts_with("--eviction-hard")) {
+            // The disk that the tests fill is shared with whatever else this machine does.
+            command.arg("--eviction-hard=memory.available<10Mi");
+        }
         if let Some(endpoint) = self.modbus {
             command.args(["--modbus-endpoint", &endpoint.to_string()]);
         }

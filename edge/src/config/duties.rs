@@ -8,6 +8,7 @@ use serde::Deserialize;
 use skerry_proto::device::parse_duration;
 
 use super::ConfigError;
+use crate::eviction::{Policy as EvictionPolicy, Texts};
 use crate::images::Policy as ImagePolicy;
 use crate::pods::{DeadPolicy, quantity};
 use crate::rotation::Policy as LogPolicy;
@@ -64,6 +65,27 @@ settings! {
         /// Dead instances to keep of each container, for logs --previous [default: 1]
         #[arg(long, env = "SKERRY_MAXIMUM_DEAD_CONTAINERS_PER_CONTAINER", value_name = "N")]
         maximum_dead_containers_per_container: u32,
+        /// What is too little, at once: memory.available<100Mi,nodefs.available<10%,... [default: that and a kubelet's others]
+        #[arg(long, env = "SKERRY_EVICTION_HARD", value_name = "SIGNAL<AMOUNT,...")]
+        eviction_hard: String,
+        /// What is too little when it lasts
+        #[arg(long, env = "SKERRY_EVICTION_SOFT", value_name = "SIGNAL<AMOUNT,...")]
+        eviction_soft: String,
+        /// How long it must last, for each signal of eviction-soft
+        #[arg(long, env = "SKERRY_EVICTION_SOFT_GRACE_PERIOD", value_name = "SIGNAL=DURATION,...")]
+        eviction_soft_grace_period: String,
+        /// How far above its threshold a signal must rise once it was too low
+        #[arg(long, env = "SKERRY_EVICTION_MINIMUM_RECLAIM", value_name = "SIGNAL=AMOUNT,...")]
+        eviction_minimum_reclaim: String,
+        /// How long a pressure condition is held after it was last seen [default: 5m]
+        #[arg(long, env = "SKERRY_EVICTION_PRESSURE_TRANSITION_PERIOD", value_name = "DURATION")]
+        eviction_pressure_transition_period: String,
+        /// Longest grace of pods that a soft threshold evicts, in seconds [default: 0]
+        #[arg(long, env = "SKERRY_EVICTION_MAX_POD_GRACE_PERIOD", value_name = "SECONDS")]
+        eviction_max_pod_grace_period: u32,
+        /// How often the signals are looked at [default: 10s]
+        #[arg(long, env = "SKERRY_EVICTION_MONITORING_PERIOD", value_name = "DURATION")]
+        eviction_monitoring_period: String,
     }
 }
 
@@ -76,6 +98,8 @@ pub struct Duties {
     pub images: ImagePolicy,
     /// Which dead containers are kept.
     pub dead: DeadPolicy,
+    /// When the machine counts as short of something.
+    pub eviction: EvictionPolicy,
 }
 
 impl DutySettings {
@@ -140,7 +164,34 @@ impl DutySettings {
                 .maximum_dead_containers_per_container
                 .map_or(defaults.per_container, |n| n as usize),
         };
-        Ok(Duties { logs, images, dead })
+        let texts = Texts {
+            hard: self.eviction_hard,
+            soft: self.eviction_soft,
+            soft_grace: self.eviction_soft_grace_period,
+            reclaim: self.eviction_minimum_reclaim,
+        };
+        let eviction = EvictionPolicy {
+            thresholds: texts
+                .parse()
+                .map_err(|error| ConfigError::Value(error.to_string()))?,
+            hold: period(
+                "eviction-pressure-transition-period",
+                self.eviction_pressure_transition_period,
+                Duration::from_secs(300),
+            )?,
+            max_grace: Duration::from_secs(self.eviction_max_pod_grace_period.unwrap_or(0).into()),
+            every: duration(
+                "eviction-monitoring-period",
+                self.eviction_monitoring_period,
+                Duration::from_secs(10),
+            )?,
+        };
+        Ok(Duties {
+            logs,
+            images,
+            dead,
+            eviction,
+        })
     }
 }
 

@@ -6,12 +6,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-/// Memory kept back from pods: the hard eviction threshold of a kubelet.
-const MEMORY_RESERVE_BYTES: u64 = 100 * 1024 * 1024;
-/// A file system with less than this share free is under pressure.
-const DISK_RESERVE_PERCENT: u64 = 10;
-/// A machine with less than this share of process ids free is under pressure.
-const PID_RESERVE_PERCENT: u64 = 10;
+use crate::eviction::{Observation, Observations, Signal};
+
 /// The Kubernetes release whose kubelet this one behaves like.
 const KUBELET_VERSION: &str = concat!("v1.36.3-skerry.", env!("CARGO_PKG_VERSION"));
 
@@ -23,18 +19,12 @@ pub(super) struct Machine {
     pub(super) memory_available_bytes: u64,
     pub(super) disk_bytes: u64,
     pub(super) disk_available_bytes: u64,
+    pub(super) inodes: u64,
+    pub(super) inodes_free: u64,
     pub(super) pids: u64,
     pub(super) pids_max: u64,
     /// Bytes by size of the page.
     pub(super) huge_pages: BTreeMap<u64, u64>,
-}
-
-/// What runs short.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Pressure {
-    pub(super) memory: bool,
-    pub(super) disk: bool,
-    pub(super) pids: bool,
 }
 
 impl Machine {
@@ -42,10 +32,12 @@ impl Machine {
     pub(super) fn measure(data_dir: &Path) -> Self {
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let disk = nix::sys::statvfs::statvfs(data_dir).ok();
-        let (disk_bytes, disk_available_bytes) = disk.map_or((0, 0), |d| {
+        let (disk_bytes, disk_available_bytes, inodes, inodes_free) = disk.map_or((0, 0, 0, 0), |d| {
             (
                 d.blocks() * d.fragment_size(),
                 d.blocks_available() * d.fragment_size(),
+                d.files(),
+                d.files_available(),
             )
         });
         Self {
@@ -54,18 +46,38 @@ impl Machine {
             memory_available_bytes: meminfo(&memory, "MemAvailable:"),
             disk_bytes,
             disk_available_bytes,
+            inodes,
+            inodes_free,
             pids: pids_in_use(),
             pids_max: first_number("/proc/sys/kernel/pid_max"),
             huge_pages: super::capacity::huge_pages(),
         }
     }
 
-    pub(super) fn pressure(&self) -> Pressure {
-        Pressure {
-            memory: self.memory_bytes > 0 && self.memory_available_bytes < MEMORY_RESERVE_BYTES,
-            disk: self.disk_available_bytes < self.disk_bytes / 100 * DISK_RESERVE_PERCENT,
-            pids: self.pids_max.saturating_sub(self.pids) < self.pids_max / 100 * PID_RESERVE_PERCENT,
-        }
+    /// What can run short. What could not be read, or is not limited as inodes on some file systems, is left out.
+    pub(super) fn observations(&self) -> Observations {
+        let all = [
+            (
+                Signal::MemoryAvailable,
+                self.memory_available_bytes,
+                self.memory_bytes,
+            ),
+            (
+                Signal::NodeFsAvailable,
+                self.disk_available_bytes,
+                self.disk_bytes,
+            ),
+            (Signal::NodeFsInodesFree, self.inodes_free, self.inodes),
+            (
+                Signal::PidAvailable,
+                self.pids_max.saturating_sub(self.pids),
+                self.pids_max,
+            ),
+        ];
+        let known = all.into_iter().filter(|(_, _, capacity)| *capacity > 0);
+        known
+            .map(|(signal, available, capacity)| (signal, Observation { available, capacity }))
+            .collect()
     }
 
     #[allow(clippy::unused_self)]
@@ -150,35 +162,18 @@ mod tests {
     }
 
     #[test]
-    fn pressure_begins_where_a_kubelet_would_evict() {
-        let calm = Machine {
+    fn what_cannot_be_read_is_not_observed() {
+        let machine = Machine {
             memory_bytes: 1 << 30,
             memory_available_bytes: 512 << 20,
-            disk_bytes: 1000,
-            disk_available_bytes: 500,
             pids: 10,
             pids_max: 32_768,
             ..Default::default()
         };
-        assert_eq!(calm.pressure(), Pressure::default());
-        assert!(
-            Machine {
-                memory_available_bytes: 99 << 20,
-                ..calm.clone()
-            }
-            .pressure()
-            .memory
-        );
-        assert!(
-            Machine {
-                disk_available_bytes: 99,
-                ..calm.clone()
-            }
-            .pressure()
-            .disk
-        );
-        assert!(Machine { pids: 32_000, ..calm }.pressure().pids);
-        assert_eq!(Machine::default().pressure(), Pressure::default());
+        let seen = machine.observations();
+        assert_eq!(seen.len(), 2);
+        assert_eq!(seen[&Signal::MemoryAvailable].available, 512 << 20);
+        assert_eq!(seen[&Signal::PidAvailable].available, 32_758);
     }
 
     #[test]

@@ -19,11 +19,12 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::eviction::{Policy, Pressure, State};
 use crate::link::LinkStatus;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::store::{NewReport, Store};
 pub use capacity::{Reserved, Shares};
-use measure::{Machine, Pressure};
+use measure::Machine;
 
 /// How often the machine is looked at.
 const LOOK: Duration = Duration::from_secs(10);
@@ -44,6 +45,8 @@ pub struct NodeConfig {
     pub shares: Shares,
     /// `nodeInfo.machineID` where the machine has none.
     pub fallback_machine_id: String,
+    /// When the machine counts as short of something.
+    pub eviction: Policy,
 }
 
 /// Reports the node's status until `stop`.
@@ -57,6 +60,7 @@ pub async fn run(
     let mut look = tokio::time::interval(LOOK);
     let mut last: Option<(Value, Instant)> = None;
     let mut synced = false;
+    let mut shortage = State::default();
     loop {
         let mut force = false;
         tokio::select! {
@@ -74,7 +78,7 @@ pub async fn run(
                 }
             }
         }
-        let status = status(&config, runtime.as_ref()).await;
+        let status = status(&config, runtime.as_ref(), &mut shortage).await;
         let due = last
             .as_ref()
             .is_none_or(|(old, at)| *old != status || at.elapsed() >= REPEAT);
@@ -112,8 +116,15 @@ pub(crate) fn memory_capacity(data_dir: &std::path::Path) -> i64 {
     i64::try_from(Machine::measure(data_dir).memory_bytes).unwrap_or(i64::MAX)
 }
 
-async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
+async fn status(config: &NodeConfig, runtime: &dyn Runtime, shortage: &mut State) -> Value {
     let machine = Machine::measure(&config.data_dir);
+    let policy = &config.eviction;
+    let (pressure, _) = shortage.update(
+        &policy.thresholds,
+        &machine.observations(),
+        policy.hold,
+        Instant::now(),
+    );
     let runtime_ready = runtime_condition(runtime.status().await);
     let version = runtime
         .version()
@@ -125,7 +136,7 @@ async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
     json!({
         "capacity": config.shares.capacity(&machine).to_json(),
         "allocatable": config.shares.allocatable(&machine).to_json(),
-        "conditions": conditions(&machine.pressure(), &runtime_ready),
+        "conditions": conditions(&pressure, &runtime_ready),
         "nodeInfo": machine.info(&version, &config.fallback_machine_id),
         "images": images_of(images),
         "runtimeHandlers": handlers_of(&features),
