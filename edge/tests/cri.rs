@@ -82,6 +82,8 @@ fn container_config(pod: &str, name: &str, image_ref: &str, script: &str) -> Con
         stdin: false,
         stdin_once: false,
         tty: false,
+        target: None,
+        stop_signal: String::new(),
         resources: Resources {
             cpu_shares: 102,
             memory_limit_bytes: 64 << 20,

@@ -133,6 +133,8 @@ fn shell(script: &str) -> ContainerConfig {
         stdin: false,
         stdin_once: false,
         tty: false,
+        target: None,
+        stop_signal: String::new(),
         resources: Resources::default(),
         security: Security::default(),
     }

@@ -20,7 +20,8 @@ use super::resources;
 use super::security;
 use super::status::Waiting;
 use super::volumes::{Subpath, prepare_subpath};
-use super::worker::{SyncError, Worker};
+use super::worker::{SyncError, Worker, grace};
+use super::{ephemeral, hooks};
 use crate::runtime::{
     self, ContainerConfig, Mount, NamespaceOptions, Propagation, RuntimeError, SandboxConfig, labels,
 };
@@ -232,7 +233,51 @@ impl Worker {
             )
             .await;
         self.waiting.remove(name);
+        self.post_start(pod, container, &id).await?;
         Ok(true)
+    }
+
+    /// Runs the postStart hook, if there is one; a container whose hook fails is stopped.
+    async fn post_start(
+        &mut self,
+        pod: &Pod,
+        container: &Container,
+        id: &runtime::ContainerId,
+    ) -> Result<(), SyncError> {
+        let Some(hook) = container.lifecycle.as_ref().and_then(|l| l.post_start.as_ref()) else {
+            return Ok(());
+        };
+        let shared = std::sync::Arc::clone(&self.shared);
+        let ip = self.pod_ips().first().copied();
+        let host = hooks::reached_at(&shared, pod, ip);
+        let Err(message) = hooks::run(&shared, pod, container, id, hook, host, hooks::UNLIMITED).await else {
+            return Ok(());
+        };
+        let name = &container.name;
+        tracing::info!(container = name, message, "a postStart hook failed");
+        let said = "PostStartHook failed".to_owned();
+        let events = &shared.events;
+        events
+            .emit(pod, Some(name), Level::Warning, "FailedPostStartHook", said)
+            .await;
+        let killing = "FailedPostStartHook".to_owned();
+        events
+            .emit(pod, Some(name), Level::Normal, "Killing", killing)
+            .await;
+        self.look(pod).await?;
+        let reason = "PostStartHookError".to_owned();
+        if let Some(instance) = self.view.containers.iter().find(|c| c.id == *id) {
+            let stop = hooks::Stop {
+                pod: Some(pod),
+                container: instance,
+                ip,
+                grace: grace(pod),
+                least: Duration::from_secs(2),
+            };
+            stop.run(&shared).await?;
+        }
+        self.waiting.insert(name.clone(), Waiting { reason, message });
+        Ok(())
     }
 
     async fn fail(&mut self, pod: &Pod, container: &str, reason: &str, message: String) {
@@ -404,6 +449,12 @@ impl Worker {
             labels: self.labels(pod, Some(&container.name)),
             annotations: annotations.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
             log_path,
+            target: ephemeral::target(pod, &container.name, &self.view)?,
+            stop_signal: container
+                .lifecycle
+                .as_ref()
+                .and_then(|l| l.stop_signal.clone())
+                .unwrap_or_default(),
             stdin: container.stdin.unwrap_or(false),
             stdin_once: container.stdin_once.unwrap_or(false),
             tty: container.tty.unwrap_or(false),

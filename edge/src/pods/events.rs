@@ -73,11 +73,14 @@ impl Events {
         let now = self.clock.now();
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let field_path = container.map_or_else(String::new, |name| {
-            let init = super::plan::inits(pod).iter().any(|c| c.name == name);
-            format!(
-                "spec.{}{{{name}}}",
-                if init { "initContainers" } else { "containers" }
-            )
+            let list = if super::plan::inits(pod).iter().any(|c| c.name == name) {
+                "initContainers"
+            } else if super::ephemeral::is_one(pod, name) {
+                "ephemeralContainers"
+            } else {
+                "containers"
+            };
+            format!("spec.{list}{{{name}}}")
         });
         let about = EventReport {
             kind: "Pod".to_owned(),

@@ -15,25 +15,30 @@
 //! * A terminal phase is reported only when nothing of the pod can be running, and is final.
 //! * A container with our label whose pod is not in the store is stopped: the store is the truth.
 
+mod attend;
 mod backoff;
 mod config;
 mod create;
 mod dead;
 mod env;
+mod ephemeral;
 mod events;
 #[cfg(test)]
 mod fixtures;
 mod groups;
 mod hooks;
+mod httpget;
 mod images;
 mod message;
 mod needs;
 mod network;
 mod objects;
 mod plan;
+mod probes;
 pub(crate) mod quantity;
 mod record;
 mod resources;
+mod restart_all;
 mod security;
 mod status;
 mod teardown;
@@ -61,6 +66,7 @@ use crate::runtime::{Inventory, Runtime};
 use crate::store::{ObjectChanged, Store, StoreError};
 use events::Events;
 use images::Images;
+pub use probes::ProbeMetrics;
 use record::PodRecord;
 use worker::{Orders, Shared, Worker};
 
@@ -182,6 +188,7 @@ impl Pods {
             images,
             apparmor: security::apparmor_enabled(),
             user_ranges,
+            probes: Arc::default(),
             phases: Mutex::default(),
             summary: watch::Sender::new(Summary::default()),
             report_round: watch::Sender::new(0),
@@ -194,6 +201,11 @@ impl Pods {
     /// The site's pods in numbers, from now on.
     pub fn summary(&self) -> watch::Receiver<Summary> {
         self.shared.summary.subscribe()
+    }
+
+    /// Runs of the pods' probes, for `/metrics/probes`.
+    pub fn probes(&self) -> Arc<ProbeMetrics> {
+        Arc::clone(&self.shared.probes)
     }
 
     /// Reports every pod's status again, changed or not: the API may have lost or altered it meanwhile.

@@ -6,11 +6,12 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, ContainerRestartRule, Pod};
 use skerry_proto::object::ContentHash;
 
 use super::backoff::Backoff;
 use super::record::{Ended, Instance, PodRecord, State, View};
+use super::{ephemeral, restart_all};
 use crate::runtime::SandboxState;
 
 /// One thing to do.
@@ -34,6 +35,8 @@ pub(crate) enum Step {
         /// Grace instead of the pod's.
         grace: Option<Duration>,
     },
+    /// Take the pod back to its beginning, in its sandbox. Always alone.
+    RestartAll,
     /// Make and start a container.
     Start {
         /// Its name.
@@ -126,17 +129,30 @@ pub(crate) fn spec_hash(container: &Container) -> String {
         .collect()
 }
 
+/// The action of a rule that restarts the whole pod.
+pub(crate) const RESTART_ALL: &str = "RestartAllContainers";
+
+/// The first of a container's restart rules that an exit code meets.
+pub(crate) fn matching_rule(container: &Container, code: i32) -> Option<&ContainerRestartRule> {
+    container.restart_policy_rules.iter().flatten().find(|rule| {
+        rule.exit_codes.as_ref().is_some_and(|codes| {
+            let listed = codes.values.iter().flatten().any(|v| *v == code);
+            match codes.operator.as_str() {
+                "In" => listed,
+                "NotIn" => !listed,
+                _ => false,
+            }
+        })
+    })
+}
+
 /// Whether a container that ended like this starts again.
 pub(crate) fn restarts(pod: &Pod, container: &Container, code: i32) -> bool {
-    if pod.metadata.deletion_timestamp.is_some() {
+    if pod.metadata.deletion_timestamp.is_some() || ephemeral::is_one(pod, &container.name) {
         return false;
     }
-    for rule in container.restart_policy_rules.iter().flatten() {
-        let Some(codes) = &rule.exit_codes else { continue };
-        let listed = codes.values.iter().flatten().any(|v| *v == code);
-        if rule.action.starts_with("Restart") && listed == (codes.operator == "In") {
-            return true;
-        }
+    if matching_rule(container, code).is_some_and(|r| r.action == "Restart" || r.action == RESTART_ALL) {
+        return true;
     }
     let is_init = inits(pod).iter().any(|c| c.name == container.name);
     match container
@@ -187,6 +203,12 @@ pub(crate) fn plan(
     if !sandbox_fits(pod, view, isolated) {
         return plan_sandbox(pod, record);
     }
+    if restart_all::is_due(pod, record) {
+        return Plan {
+            steps: vec![Step::RestartAll],
+            waits: Vec::new(),
+        };
+    }
     let mut planner = Planner {
         pod,
         record,
@@ -194,6 +216,9 @@ pub(crate) fn plan(
         now,
         plan: Plan::default(),
     };
+    for container in ephemeral::wanted(pod, record) {
+        planner.start(&container, record.last(&container.name));
+    }
     let initialized = any_regular_started(pod, record);
     if planner.inits(initialized) {
         for container in regulars(pod) {
@@ -342,17 +367,32 @@ impl Planner<'_> {
                 after: None,
             });
         } else if let Some(verdict) = self.condemned.iter().find(|c| c.id == instance.id) {
-            let then = if restarts(self.pod, container, 137) {
-                ", will be restarted"
-            } else {
-                ""
-            };
+            let again = restarts(self.pod, container, 137);
+            let then = if again { ", will be restarted" } else { "" };
             self.plan.steps.push(Step::Kill {
                 message: format!("Container {name} failed {} probe{then}", verdict.probe),
-                name,
+                name: name.clone(),
                 id: instance.id.clone(),
                 grace: verdict.grace,
             });
+            if !again {
+                return;
+            }
+            // As with a kubelet, what counts for the back-off of a restart by a probe is how the instance before ended.
+            let known = self.record.containers.get(&name);
+            let previous = known.and_then(|k| k.previous.clone());
+            let waits = previous.as_ref().is_some_and(|ended| {
+                let backoff = known.and_then(|k| k.backoff.as_ref());
+                Backoff::remaining(backoff, &backoff_key(container), ended.finished, self.now).is_some()
+            });
+            if !waits {
+                self.plan.steps.push(Step::Start {
+                    restart_count: instance.restart_count + 1,
+                    name,
+                    discard: None,
+                    after: previous,
+                });
+            }
         }
     }
 

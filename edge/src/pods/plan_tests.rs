@@ -321,8 +321,35 @@ fn a_failed_liveness_probe_kills_that_instance_only() {
         Plan::default()
     );
     let killed = plan(&pod, &record, &view, true, &[verdict("1")], at(1));
-    assert!(matches!(&killed.steps[..], [Step::Kill { message, .. }]
-        if message == "Container c failed liveness probe, will be restarted"));
+    assert!(
+        matches!(&killed.steps[..], [Step::Kill { message, .. }, Step::Start { restart_count: 1, .. }]
+        if message == "Container c failed liveness probe, will be restarted")
+    );
+}
+
+#[test]
+fn a_restart_by_a_probe_waits_only_while_the_end_of_the_instance_before_is_in_its_back_off() {
+    let pod = pod(spec("Always"));
+    let before = vec![container("c", "0", 0, exited(10, 1))];
+    let (mut record, _) = record_of(&pod, before);
+    let now = vec![container("c", "1", 1, running(11))];
+    let (other, view) = record_of(&pod, now.clone());
+    record.observe(&View::new(vec![sandbox("s", 0)], now), at(11), |_| String::new());
+    record.containers.get_mut("c").unwrap().last = other.containers["c"].last.clone();
+    let backoff = Backoff::step(None, "busybox", at(10), at(11));
+    record.containers.get_mut("c").unwrap().backoff = Some(backoff);
+    let condemned = [Condemned {
+        id: "1".into(),
+        probe: "startup",
+        grace: Some(Duration::from_secs(3)),
+    }];
+    let steps = |now| plan(&pod, &record, &view, true, &condemned, at(now)).steps;
+    assert!(
+        matches!(&steps(19)[..], [Step::Kill { grace: Some(g), .. }] if g.as_secs() == 3),
+        "{:?}",
+        steps(19)
+    );
+    assert!(matches!(&steps(20)[..], [Step::Kill { .. }, Step::Start { after: Some(e), .. }] if e.id == "0"));
 }
 
 #[test]
@@ -330,4 +357,71 @@ fn a_pod_under_deletion_restarts_nothing() {
     let mut pod = pod(spec("Always"));
     pod.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(0)));
     assert!(!restarts(&pod, &regulars(&pod)[0], 1));
+}
+
+fn with_rule(action: &str, operator: &str) -> Value {
+    json!({
+        "restartPolicy": "Never",
+        "initContainers": [{"name": "i", "image": "busybox"}],
+        "containers": [
+            {"name": "c", "image": "busybox", "restartPolicy": "Never", "restartPolicyRules": [
+                {"action": action, "exitCodes": {"operator": operator, "values": [42]}}]},
+            {"name": "d", "image": "busybox"},
+        ],
+    })
+}
+
+#[test]
+fn a_restart_rule_wins_over_the_policy_for_the_codes_that_it_names() {
+    for (operator, code, again) in [
+        ("In", 42, true),
+        ("In", 1, false),
+        ("NotIn", 42, false),
+        ("NotIn", 0, true),
+    ] {
+        let pod = pod(with_rule("Restart", operator));
+        assert_eq!(
+            restarts(&pod, &regulars(&pod)[0], code),
+            again,
+            "{operator} {code}"
+        );
+    }
+}
+
+#[test]
+fn a_rule_for_all_containers_takes_the_pod_to_its_beginning_and_others_do_not() {
+    let ended = |code| {
+        vec![
+            container("i", "0", 0, exited(1, 0)),
+            container("c", "1", 0, exited(9, code)),
+            container("d", "2", 0, running(2)),
+        ]
+    };
+    let all = with_rule("RestartAllContainers", "In");
+    assert_eq!(planned(all.clone(), ended(42)).steps, [Step::RestartAll]);
+    assert_eq!(planned(all.clone(), ended(41)).steps, []);
+    let one = planned(with_rule("Restart", "In"), ended(42));
+    assert_eq!(started(&one), [("c", 1)]);
+    // Once all are removed, it begins with the first init container, and nothing waits for a back-off.
+    let pod = pod(all);
+    let (mut record, view) = record_of(&pod, ended(42));
+    for known in record.containers.values_mut() {
+        let last = known.last.as_mut().unwrap();
+        (last.lost, last.state) = (true, State::Unknown);
+    }
+    let next = plan(&pod, &record, &view, true, &[], at(10));
+    assert_eq!(started(&next), [("i", 1)]);
+}
+
+#[test]
+fn an_ephemeral_container_starts_once_even_while_the_pod_initialises() {
+    let mut debugged = with_inits("Always");
+    debugged["ephemeralContainers"] = json!([{"name": "e", "image": "busybox"}]);
+    let up = container("i0", "0", 0, running(1));
+    let first = planned(debugged.clone(), vec![up.clone()]);
+    assert_eq!(started(&first), [("e", 0)]);
+    for state in [running(2), exited(3, 1)] {
+        let later = planned(debugged.clone(), vec![up.clone(), container("e", "1", 0, state)]);
+        assert_eq!(started(&later), []);
+    }
 }

@@ -27,6 +27,9 @@ pub(crate) struct PodRecord {
     pub(crate) sandbox: Option<String>,
     /// By container name; init containers too.
     pub(crate) containers: BTreeMap<String, ContainerRecord>,
+    /// A rule `RestartAllContainers` is being carried out.
+    #[serde(default)]
+    pub(crate) restarting_all: bool,
     /// A decision that the pod has ended. Final.
     pub(crate) end: Option<End>,
     /// Nothing of it runs any more, its volumes and cgroups are gone.

@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::plan::{any_regular_started, inits, is_sidecar, regulars, restarts};
 use super::record::{Ended, PodRecord, State};
+use super::{ephemeral, restart_all};
 
 /// Why a container does not run yet, or not again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +82,11 @@ pub(crate) fn phase(pod: &Pod, record: &PodRecord) -> Phase {
         match record.last(&container.name).map(|i| &i.state) {
             None | Some(State::Created) => waiting += 1,
             Some(State::Running(_)) => running += 1,
+            // Taken away so that the pod starts from its beginning.
+            Some(State::Unknown) if restarted_with_the_pod(record, &container.name) => {
+                stopped += 1;
+                again = true;
+            }
             Some(State::Unknown) => unknown += 1,
             Some(State::Exited(e)) => {
                 stopped += 1;
@@ -89,7 +95,9 @@ pub(crate) fn phase(pod: &Pod, record: &PodRecord) -> Phase {
             }
         }
     }
-    if init_pending || waiting > 0 || unknown > 0 {
+    if record.restarting_all {
+        Phase::Running
+    } else if init_pending || waiting > 0 || unknown > 0 {
         Phase::Pending
     } else if running > 0 || again || stopped == 0 {
         Phase::Running
@@ -98,6 +106,14 @@ pub(crate) fn phase(pod: &Pod, record: &PodRecord) -> Phase {
     } else {
         Phase::Failed
     }
+}
+
+/// The container's newest instance was removed by a rule `RestartAllContainers`.
+fn restarted_with_the_pod(record: &PodRecord, container: &str) -> bool {
+    let known = record.containers.get(container);
+    known
+        .and_then(|k| k.previous.as_ref())
+        .is_some_and(|ended| ended.reason == restart_all::REASON)
 }
 
 /// The phase of a pod whose termination is complete: always terminal.
@@ -186,6 +202,7 @@ pub(crate) fn build(pod: &Pod, record: &PodRecord, context: &Context<'_>) -> Pod
         start_time: record.start_time.map(Time),
         init_container_statuses: (!init_statuses.is_empty()).then_some(init_statuses),
         container_statuses: Some(statuses),
+        ephemeral_container_statuses: ephemeral::statuses(pod, |c| container_status(pod, c, record, context)),
         qos_class: pod.status.as_ref().and_then(|s| s.qos_class.clone()),
         observed_generation: generation,
         ..Default::default()
@@ -240,6 +257,9 @@ fn container_status(
         }
         State::Unknown => {
             status.state = waiting();
+            if last.lost && restarted_with_the_pod(record, &container.name) {
+                status.restart_count += 1;
+            }
         }
         State::Running(since) => {
             status.state = Some(ContainerState {
@@ -322,7 +342,21 @@ fn conditions(
             condition("ContainersReady", false, "ContainersNotReady", message)
         }
     };
-    vec![
+    let restarting = restart_all::may_happen(pod).then(|| match phase {
+        Phase::Succeeded => condition("AllContainersRestarting", false, "PodCompleted", String::new()),
+        Phase::Failed => condition("AllContainersRestarting", false, "PodFailed", String::new()),
+        _ if record.restarting_all => {
+            let message = "container exited with restart policy rule".to_owned();
+            condition(
+                "AllContainersRestarting",
+                true,
+                "RestartAllContainersStarted",
+                message,
+            )
+        }
+        _ => condition("AllContainersRestarting", false, "", String::new()),
+    });
+    let mut all = vec![
         condition(
             "PodReadyToStartContainers",
             context.sandbox_ready,
@@ -333,7 +367,9 @@ fn conditions(
         ready(pod, &containers_ready),
         containers_ready,
         condition("PodScheduled", true, "", String::new()),
-    ]
+    ];
+    all.extend(restarting);
+    all
 }
 
 fn initialized(pod: &Pod, record: &PodRecord, phase: Phase, statuses: &[ContainerStatus]) -> PodCondition {

@@ -203,3 +203,112 @@ fn a_new_pod_waits_for_its_containers_by_the_right_name() {
     let state = with_init.container_statuses.unwrap()[0].state.clone().unwrap();
     assert_eq!(state.waiting.unwrap().reason.as_deref(), Some("PodInitializing"));
 }
+
+#[test]
+fn an_ephemeral_container_shows_its_state_and_changes_nothing_else() {
+    let mut debugged = spec("Never");
+    debugged["ephemeralContainers"] =
+        json!([{"name": "e", "image": "busybox"}, {"name": "a", "image": "busybox"}]);
+    let pod = pod(debugged);
+    let up = container("c", "id", 0, running(3));
+    let (record, _) = record_of(&pod, vec![up, container("e", "e0", 0, exited(5, 7))]);
+    let status = build(&pod, &record, &context(&BTreeMap::new()));
+    assert_eq!(
+        (status.phase.as_deref(), find(&status, "Ready").status.as_str()),
+        (Some("Running"), "True")
+    );
+    let all = status.ephemeral_container_statuses.unwrap();
+    let waiting = all[0].state.as_ref().unwrap().waiting.as_ref().unwrap();
+    assert_eq!(
+        (all[0].name.as_str(), waiting.reason.as_deref()),
+        ("a", Some("ContainerCreating"))
+    );
+    assert_eq!(
+        all[1]
+            .state
+            .as_ref()
+            .unwrap()
+            .terminated
+            .as_ref()
+            .unwrap()
+            .exit_code,
+        7
+    );
+    assert_eq!((all[1].ready, all[1].started), (false, None));
+}
+
+#[test]
+fn a_pod_that_starts_again_as_a_whole_says_so_and_stays_running() {
+    let mut all = spec("Never");
+    all["containers"][0]["restartPolicy"] = json!("Never");
+    all["containers"][0]["restartPolicyRules"] =
+        json!([{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [42]}}]);
+    let pod = pod(all);
+    let (mut record, _) = record_of(&pod, vec![container("c", "id", 4, exited(3, 42))]);
+    let none = BTreeMap::new();
+    let idle = build(&pod, &record, &context(&none));
+    assert_eq!(find(&idle, "AllContainersRestarting").status, "False");
+    record.restarting_all = true;
+    let busy = build(&pod, &record, &context(&none));
+    let condition = find(&busy, "AllContainersRestarting");
+    assert_eq!(
+        (condition.status.as_str(), condition.reason.as_deref()),
+        ("True", Some("RestartAllContainersStarted"))
+    );
+    let known = record.containers.get_mut("c").unwrap();
+    known.previous = Some(Ended {
+        id: "id".into(),
+        started: None,
+        finished: at(6),
+        code: 137,
+        reason: restart_all::REASON.into(),
+        message: String::new(),
+        vanished: false,
+    });
+    let last = known.last.as_mut().unwrap();
+    (last.lost, last.state) = (true, State::Unknown);
+    record.restarting_all = false;
+    let words = Waiting {
+        reason: restart_all::REASON.into(),
+        message: "gone".into(),
+    };
+    let waiting = BTreeMap::from([("c".to_owned(), words)]);
+    let status = build(&pod, &record, &context(&waiting));
+    assert_eq!(status.phase.as_deref(), Some("Running"));
+    let c = &status.container_statuses.unwrap()[0];
+    let (state, last) = (c.state.as_ref().unwrap(), c.last_state.as_ref().unwrap());
+    assert_eq!(
+        state.waiting.as_ref().unwrap().reason.as_deref(),
+        Some("RestartingAllContainers")
+    );
+    assert_eq!(
+        (c.restart_count, last.terminated.as_ref().unwrap().exit_code),
+        (5, 137)
+    );
+}
+
+#[test]
+fn readiness_gates_decide_once_the_containers_are_ready() {
+    let mut gated = spec("Always");
+    gated["readinessGates"] = json!([{"conditionType": "example.com/in"}]);
+    let mut pod = pod(gated);
+    let (record, _) = record_of(&pod, vec![container("c", "id", 0, running(3))]);
+    let none = BTreeMap::new();
+    let missing = build(&pod, &record, &context(&none));
+    let ready = find(&missing, "Ready");
+    assert_eq!(ready.reason.as_deref(), Some("ReadinessGatesNotReady"));
+    assert_eq!(
+        ready.message.as_deref(),
+        Some("corresponding condition of pod readiness gate \"example.com/in\" does not exist.")
+    );
+    assert_eq!(find(&missing, "ContainersReady").status, "True");
+    for (value, wanted) in [("False", "False"), ("True", "True")] {
+        pod.status =
+            serde_json::from_value(json!({"conditions": [{"type": "example.com/in", "status": value}]}))
+                .unwrap();
+        assert_eq!(
+            find(&build(&pod, &record, &context(&none)), "Ready").status,
+            wanted
+        );
+    }
+}

@@ -1,15 +1,18 @@
 //! Stopping a pod: in order, within its grace, and leaving nothing behind.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
+use tokio::sync::watch;
 
 use super::events::Level;
+use super::hooks::Stop;
 use super::plan::{inits, is_sidecar};
 use super::record::{End, View};
-use super::worker::{Orders, SyncError, Worker, deletion_time, grace};
-use super::{ROOM, hooks, status, volumes};
+use super::worker::{Orders, Shared, SyncError, Worker, deletion_time, grace};
+use super::{ROOM, status, volumes};
 use crate::runtime::{Container, ContainerState, RuntimeError, SandboxState};
 
 /// The least time that a container gets between the stop signal and the kill, while its pod exists.
@@ -31,12 +34,18 @@ impl Worker {
         let grace = self.remaining_grace(pod);
         let mut orders = self.orders.clone();
         orders.mark_unchanged();
-        let shorter = orders.wait_for(|o| ends_sooner(o, pod));
-        tokio::select! {
-            biased;
-            stopped = self.stop_everything(Some(pod), grace) => stopped?,
-            // A later deletion may only shorten the grace: start again with what is left.
-            _ = shorter => {
+        let (shared, view) = (Arc::clone(&self.shared), self.view.clone());
+        let work = async {
+            tokio::select! {
+                biased;
+                stopped = stop_all(&shared, &view, Some(pod), grace) => Some(stopped),
+                // A later deletion may only shorten the grace: start again with what is left.
+                _ = orders.wait_for(|o| ends_sooner(o, pod)) => None,
+            }
+        };
+        match self.meanwhile(pod, work).await {
+            Some(stopped) => stopped?,
+            None => {
                 self.again = Duration::ZERO;
                 return Ok(());
             }
@@ -74,6 +83,7 @@ impl Worker {
 
     /// A pod whose object is gone: stop, forget, remove every trace.
     pub(super) async fn vanish(&mut self, pod: Option<&Pod>) -> Result<(), SyncError> {
+        self.probers.stop();
         let inventory = self.shared.runtime.list().await?;
         self.view = View::new(
             inventory
@@ -116,57 +126,7 @@ impl Worker {
         pod: Option<&Pod>,
         grace: Duration,
     ) -> Result<(), SyncError> {
-        let began = tokio::time::Instant::now();
-        let alive: Vec<Container> = self
-            .view
-            .containers
-            .iter()
-            .filter(|c| !matches!(c.state, ContainerState::Exited { .. }))
-            .cloned()
-            .collect();
-        let order = |c: &Container| {
-            let sidecars: Vec<_> = pod
-                .map(inits)
-                .unwrap_or_default()
-                .iter()
-                .filter(|i| is_sidecar(i))
-                .collect();
-            // 0 = at once; later sidecars go before earlier ones.
-            sidecars
-                .iter()
-                .position(|s| s.name == c.name)
-                .map_or(0, |at| sidecars.len() - at)
-        };
-        let last = alive.iter().map(order).max().unwrap_or(0);
-        for turn in 0..=last {
-            let left = grace.saturating_sub(began.elapsed()).max(LEAST.min(grace));
-            let mut stops = Vec::new();
-            for container in alive.iter().filter(|c| order(c) == turn) {
-                if let Some(pod) = pod
-                    && !matches!(container.state, ContainerState::Created)
-                {
-                    let message = format!("Stopping container {}", container.name);
-                    self.shared
-                        .events
-                        .emit(pod, Some(&container.name), Level::Normal, "Killing", message)
-                        .await;
-                }
-                let (runtime, events) = (self.shared.runtime.as_ref(), &self.shared.events);
-                stops.push(hooks::stop(runtime, events, pod, container, left, LEAST));
-            }
-            for result in join_all(stops).await {
-                ignore_missing(result)?;
-            }
-        }
-        for sandbox in self
-            .view
-            .sandboxes
-            .iter()
-            .filter(|s| s.state == SandboxState::Ready)
-        {
-            ignore_missing(self.shared.runtime.stop_sandbox(&sandbox.id).await)?;
-        }
-        Ok(())
+        Ok(stop_all(&self.shared, &self.view, pod, grace).await?)
     }
 
     /// Gives back what the pod held on the host: volumes and its directory, its cgroup.
@@ -178,6 +138,79 @@ impl Worker {
         self.shared.user_ranges.release(&self.uid);
         Ok(())
     }
+}
+
+/// Stops what runs in a pod, then its sandboxes.
+///
+/// All containers are told at once and run their preStop hooks side by side. A sidecar gets its stop signal only when
+/// the regular containers and the sidecars after it have ended; waiting for that uses up its grace.
+pub(super) async fn stop_all(
+    shared: &Shared,
+    view: &View,
+    pod: Option<&Pod>,
+    grace: Duration,
+) -> Result<(), RuntimeError> {
+    let began = tokio::time::Instant::now();
+    let sidecars: Vec<&str> = pod
+        .map(inits)
+        .unwrap_or_default()
+        .iter()
+        .filter(|i| is_sidecar(i))
+        .map(|i| i.name.as_str())
+        .collect();
+    // 0 = at once; later sidecars go before earlier ones.
+    let turn = |c: &Container| {
+        let at = sidecars.iter().position(|s| *s == c.name);
+        at.map_or(0, |at| sidecars.len() - at)
+    };
+    let alive: Vec<&Container> = view
+        .containers
+        .iter()
+        .filter(|c| !matches!(c.state, ContainerState::Exited { .. }))
+        .collect();
+    let mut before = vec![0_usize; sidecars.len() + 1];
+    for container in &alive {
+        before[turn(container)] += 1;
+    }
+    let before = watch::Sender::new(before);
+    let ip = view.ready_sandbox().and_then(|s| s.ips.first().copied());
+    let stops = alive.iter().map(|container| {
+        let before = &before;
+        async move {
+            if let Some(pod) = pod
+                && !matches!(container.state, ContainerState::Created)
+            {
+                let message = format!("Stopping container {}", container.name);
+                shared
+                    .events
+                    .emit(pod, Some(&container.name), Level::Normal, "Killing", message)
+                    .await;
+            }
+            let stop = Stop {
+                pod,
+                container,
+                ip,
+                grace,
+                least: LEAST,
+            };
+            stop.pre_stop(shared).await;
+            let mut earlier = before.subscribe();
+            let turn = turn(container);
+            let my_turn = earlier.wait_for(|left| left[..turn].iter().all(|n| *n == 0));
+            // When the time is up, its turn has come all the same.
+            let _ = tokio::time::timeout(grace.saturating_sub(began.elapsed()), my_turn).await;
+            let result = stop.signal(shared, grace.saturating_sub(began.elapsed())).await;
+            before.send_modify(|left| left[turn] -= 1);
+            ignore_missing(result)
+        }
+    });
+    for result in join_all(stops).await {
+        result?;
+    }
+    for sandbox in view.sandboxes.iter().filter(|s| s.state == SandboxState::Ready) {
+        ignore_missing(shared.runtime.stop_sandbox(&sandbox.id).await)?;
+    }
+    Ok(())
 }
 
 fn ignore_missing(result: Result<(), RuntimeError>) -> Result<(), RuntimeError> {

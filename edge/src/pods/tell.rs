@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Container, Pod};
 use skerry_proto::link::{PodStatusReport, report};
 
 use super::events::Level;
@@ -19,50 +19,27 @@ impl Worker {
         if std::mem::replace(&mut self.said_unsupported, true) {
             return;
         }
-        let ephemeral = pod
-            .spec
-            .iter()
-            .flat_map(|s| s.ephemeral_containers.iter().flatten())
-            .count();
         let mut said = Vec::new();
+        let asks = |c: &Container| c.lifecycle.as_ref().is_some_and(|l| l.stop_signal.is_some());
+        let asked = inits(pod).iter().chain(regulars(pod)).any(asks);
+        let no_signals = asked && !self.knows_stop_signals().await;
         for container in inits(pod).iter().chain(regulars(pod)) {
-            let probes = [
-                (container.liveness_probe.is_some(), "livenessProbe"),
-                (container.readiness_probe.is_some(), "readinessProbe"),
-                (container.startup_probe.is_some(), "startupProbe"),
+            let unsupported = [
                 (
-                    container
-                        .lifecycle
-                        .as_ref()
-                        .is_some_and(|l| l.post_start.is_some()),
-                    "lifecycle.postStart",
-                ),
-                (
-                    super::hooks::pre_stop(pod, &container.name)
-                        .is_some_and(|h| !super::hooks::is_supported(h)),
-                    "lifecycle.preStop other than exec and sleep",
-                ),
-                (
-                    container
-                        .lifecycle
-                        .as_ref()
-                        .is_some_and(|l| l.stop_signal.is_some()),
-                    "lifecycle.stopSignal",
+                    no_signals && asks(container),
+                    "lifecycle.stopSignal (it needs containerd 2.3 or newer)",
                 ),
                 (container.volume_devices.is_some(), "volumeDevices"),
             ];
-            for (_, what) in probes.iter().filter(|(used, _)| *used) {
+            for (_, what) in unsupported.iter().filter(|(used, _)| *used) {
                 said.push((Some(container.name.clone()), (*what).to_owned()));
             }
         }
         let spec = pod.spec.as_ref();
-        for (used, what) in [
-            (ephemeral > 0, "ephemeralContainers"),
-            (
-                spec.is_some_and(|s| s.resource_claims.is_some()),
-                "resourceClaims",
-            ),
-        ] {
+        for (used, what) in [(
+            spec.is_some_and(|s| s.resource_claims.is_some()),
+            "resourceClaims",
+        )] {
             if used {
                 said.push((None, what.to_owned()));
             }
@@ -73,6 +50,20 @@ impl Worker {
                 .events
                 .emit(pod, container.as_deref(), Level::Warning, "Unsupported", message)
                 .await;
+        }
+    }
+
+    /// Whether the runtime sends the stop signal that a pod asks for instead of the image's.
+    async fn knows_stop_signals(&self) -> bool {
+        match self.shared.runtime.version().await {
+            Ok(found) if found.name == "containerd" => {
+                let mut numbers = found.version.trim_start_matches('v').split('.');
+                let mut next = || numbers.next().and_then(|n| n.parse::<u32>().ok()).unwrap_or(0);
+                (next(), next()) >= (2, 3)
+            }
+            Ok(_) => true,
+            // It is said only of a runtime that is known.
+            Err(_) => true,
         }
     }
 

@@ -13,12 +13,15 @@ use tokio::sync::watch;
 
 use super::backoff::Backoff;
 use super::events::{Events, Level};
+use super::hooks::Stop;
 use super::images::Images;
-use super::plan::{self, Plan, Step, find_container, inits, regulars};
-use super::record::{End, PodRecord, State, View};
+use super::plan::{self, Plan, Step, find_container};
+use super::probes::{ProbeMetrics, Probers};
+use super::record::{End, PodRecord, View};
 use super::security::UserRanges;
 use super::status::{self, Phase, Waiting};
-use super::{Clock, PodsConfig, ROOM, Summary, volumes};
+use super::teardown::stop_all;
+use super::{Clock, PodsConfig, ROOM, Summary, ephemeral, volumes};
 use crate::runtime::{ContainerId, Features, Runtime, RuntimeError};
 use crate::store::Store;
 
@@ -42,6 +45,7 @@ pub(super) struct Shared {
     pub(super) apparmor: bool,
     /// Ids of the pods with user namespaces.
     pub(super) user_ranges: UserRanges,
+    pub(super) probes: Arc<ProbeMetrics>,
     /// Phase by UID.
     pub(super) phases: Mutex<HashMap<Uid, String>>,
     pub(super) summary: watch::Sender<Summary>,
@@ -91,6 +95,7 @@ pub(super) struct Worker {
     pub(super) record: PodRecord,
     pub(super) view: View,
     pub(super) waiting: BTreeMap<String, Waiting>,
+    pub(super) probers: Probers,
     /// Host paths of the volumes.
     pub(super) volumes: BTreeMap<String, PathBuf>,
     /// The plan's earliest wish to look again.
@@ -116,7 +121,10 @@ impl Worker {
         let mut orders = waker.subscribe();
         orders.mark_changed();
         let reported_in = *shared.report_round.borrow();
+        let wake = waker.clone();
+        let probers = Probers::new(Arc::clone(&shared), move || wake.send_modify(|o| o.wakes += 1));
         Self {
+            probers,
             shared,
             uid,
             orders,
@@ -166,6 +174,7 @@ impl Worker {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&self.uid);
+        self.shared.probes.forget(self.uid.as_str());
         self.count_phases();
     }
 
@@ -208,7 +217,7 @@ impl Worker {
                 &self.record,
                 &self.view,
                 self.shared.runtime.isolated(),
-                &[],
+                &self.probers.condemned(pod, &self.record),
                 now,
             );
             self.note_waits(pod, &plan).await;
@@ -259,17 +268,7 @@ impl Worker {
             .observe(&self.view, self.shared.clock.now(), |container| {
                 super::message::termination_message(&dir, container)
             });
-        for container in inits(pod).iter().chain(regulars(pod)) {
-            let Some(known) = self.record.containers.get_mut(&container.name) else {
-                continue;
-            };
-            let running = matches!(known.last.as_ref().map(|l| &l.state), Some(State::Running(_)));
-            known.started = running;
-            known.ready = running;
-            if running {
-                self.waiting.remove(&container.name);
-            }
-        }
+        self.tend_probes(pod);
         if self.record != before {
             self.save()?;
         }
@@ -354,7 +353,9 @@ impl Worker {
     /// Stops what an ended pod still has, then reports the terminal phase.
     async fn finish_end(&mut self, pod: &Pod) -> Result<(), SyncError> {
         if !self.record.released {
-            self.stop_everything(Some(pod), grace(pod)).await?;
+            let (shared, view) = (Arc::clone(&self.shared), self.view.clone());
+            let work = stop_all(&shared, &view, Some(pod), grace(pod));
+            self.meanwhile(pod, work).await?;
             self.look(pod).await?;
             self.release().await?;
             self.record.released = true;
@@ -409,6 +410,10 @@ impl Worker {
                     self.stop_everything(None, grace(pod)).await?;
                     progress |= self.run_sandbox(pod, attempt).await?;
                 }
+                Step::RestartAll => {
+                    self.restart_all(pod).await?;
+                    progress = true;
+                }
                 Step::Kill {
                     name,
                     id,
@@ -420,19 +425,18 @@ impl Worker {
                         .emit(pod, Some(&name), Level::Normal, "Killing", message)
                         .await;
                     let grace = own.unwrap_or_else(|| grace(pod)).max(Duration::from_secs(2));
-                    let Some(instance) = self.view.containers.iter().find(|c| c.id.0 == id) else {
+                    let Some(instance) = self.view.containers.iter().find(|c| c.id.0 == id).cloned() else {
                         continue;
                     };
-                    let (runtime, events) = (self.shared.runtime.as_ref(), &self.shared.events);
-                    super::hooks::stop(
-                        runtime,
-                        events,
-                        Some(pod),
-                        instance,
+                    let shared = Arc::clone(&self.shared);
+                    let stop = Stop {
+                        pod: Some(pod),
+                        container: &instance,
+                        ip: self.pod_ips().first().copied(),
                         grace,
-                        Duration::from_secs(2),
-                    )
-                    .await?;
+                        least: Duration::from_secs(2),
+                    };
+                    self.meanwhile(pod, stop.run(&shared)).await?;
                     progress = true;
                 }
                 Step::Start {
@@ -441,9 +445,20 @@ impl Worker {
                     discard,
                     after,
                 } => {
-                    let Some(container) = find_container(pod, &name) else {
+                    let found = find_container(pod, &name).cloned();
+                    let Some(container) = &found.or_else(|| ephemeral::find(pod, &name)) else {
                         continue;
                     };
+                    if !self.shared.runtime.isolated() && ephemeral::wants_terminal(pod, &name) {
+                        let message =
+                            "stdin of an ephemeral container is not supported by this node: its processes \
+                                       cannot be attached to; use kubectl exec"
+                                .to_owned();
+                        self.shared
+                            .events
+                            .emit(pod, Some(&name), Level::Warning, "Unsupported", message)
+                            .await;
+                    }
                     if let Some(id) = discard {
                         self.shared
                             .runtime

@@ -28,6 +28,9 @@ struct Scripted {
     ids: AtomicU64,
     changes: watch::Sender<u64>,
     execs: Mutex<Vec<Vec<String>>>,
+    /// Exit codes of commands by their first word; others succeed.
+    codes: Mutex<std::collections::HashMap<String, i32>>,
+    ran: watch::Sender<usize>,
 }
 
 impl Scripted {
@@ -37,7 +40,26 @@ impl Scripted {
             ids: AtomicU64::new(0),
             changes: watch::Sender::new(0),
             execs: Mutex::default(),
+            codes: Mutex::default(),
+            ran: watch::Sender::new(0),
         })
+    }
+
+    fn answer(&self, command: &str, code: i32) {
+        self.codes.lock().unwrap().insert(command.into(), code);
+    }
+
+    fn times(&self, command: &str) -> usize {
+        let execs = self.execs.lock().unwrap();
+        execs.iter().filter(|e| e[0] == command).count()
+    }
+
+    /// Waits until a command has been run that often.
+    async fn has_run(&self, command: &str, times: usize) {
+        let mut ran = self.ran.subscribe();
+        let wait = ran.wait_for(|_| self.times(command) >= times);
+        let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        assert!(waited.is_ok(), "{command} ran {} times", self.times(command));
     }
 
     fn edit<T>(&self, change: impl FnOnce(&mut Inventory) -> T) -> T {
@@ -191,10 +213,12 @@ impl Runtime for Scripted {
         _: Duration,
     ) -> Result<ExecOutput, RuntimeError> {
         self.execs.lock().unwrap().push(command.to_vec());
+        self.ran.send_modify(|n| *n += 1);
+        let code = self.codes.lock().unwrap().get(&command[0]).copied().unwrap_or(0);
         Ok(ExecOutput {
-            stdout: vec![],
+            stdout: b"out".to_vec(),
             stderr: vec![],
-            code: 0,
+            code,
         })
     }
     async fn exec(&self, _: &ContainerId, _: &ExecRequest) -> Result<StreamEndpoint, RuntimeError> {
@@ -446,5 +470,118 @@ async fn a_pre_stop_command_runs_once_before_the_pod_stops() {
     site.put(&deleted).await;
     site.reported(|r, _| r.finished).await;
     assert_eq!(*site.runtime.execs.lock().unwrap(), [["drain"]]);
+    daemon.stop().await;
+}
+
+fn probe(command: &str, rest: Value) -> Value {
+    let mut probe = json!({"exec": {"command": [command]}, "periodSeconds": 1, "failureThreshold": 1});
+    probe
+        .as_object_mut()
+        .unwrap()
+        .extend(rest.as_object().unwrap().clone());
+    probe
+}
+
+fn probed(probes: Value) -> Value {
+    let mut probed = pod("Always");
+    let container = probed["spec"]["containers"][0].as_object_mut().unwrap();
+    container.extend(probes.as_object().unwrap().clone());
+    probed
+}
+
+#[tokio::test]
+async fn startup_gates_the_other_probes_and_a_failed_liveness_probe_restarts_the_container() {
+    let site = Site::new();
+    site.runtime.answer("up", 1);
+    site.put(&probed(json!({
+        "startupProbe": probe("up", json!({"failureThreshold": 100})),
+        "readinessProbe": probe("ready", json!({})),
+        "livenessProbe": probe("live", json!({})),
+    })))
+    .await;
+    let daemon = site.start();
+    site.runtime.has_run("up", 3).await;
+    site.reported(|_, s| {
+        let c = &s["containerStatuses"][0];
+        c["state"]["running"].is_object() && c["started"] == false && c["ready"] == false
+    })
+    .await;
+    assert_eq!((site.runtime.times("ready"), site.runtime.times("live")), (0, 0));
+    site.runtime.answer("up", 0);
+    site.reported(|_, s| {
+        s["containerStatuses"][0]["started"] == true && s["containerStatuses"][0]["ready"] == true
+    })
+    .await;
+    let ups = site.runtime.times("up");
+    site.runtime.has_run("live", 2).await;
+    assert_eq!(
+        site.runtime.times("up"),
+        ups,
+        "a startup probe that has passed is not asked again"
+    );
+    site.runtime.answer("live", 1);
+    site.running(1).await;
+    site.runtime.answer("live", 0);
+    site.reported(|_, s| {
+        let c = &s["containerStatuses"][0];
+        c["restartCount"] == 1 && c["ready"] == true
+    })
+    .await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn ready_survives_the_daemon_and_is_kept_until_the_probe_says_otherwise() {
+    let site = Site::new();
+    let slow = json!({"periodSeconds": 3600, "initialDelaySeconds": 0});
+    site.put(&probed(json!({"readinessProbe": probe("ready", slow)})))
+        .await;
+    let first = site.start();
+    site.reported(|_, s| s["containerStatuses"][0]["ready"] == true)
+        .await;
+    first.stop().await;
+    let asked = site.runtime.times("ready");
+    let second = site.start();
+    // Another pod that has gone through its whole start is the fence: the first one has had its look.
+    let mut other = pod("Always");
+    other["metadata"]["uid"] = json!("another");
+    other["metadata"]["name"] = json!("q");
+    site.put(&other).await;
+    site.reported(|r, s| r.uid == "another" && s["phase"] == "Running")
+        .await;
+    second.stop().await;
+    let record = site.store.state_get::<Value>("pods", UID).unwrap().unwrap();
+    assert_eq!(record["containers"]["c"]["ready"], true, "{record}");
+    assert_eq!(record["status"]["containerStatuses"][0]["ready"], true);
+    assert_eq!(
+        site.runtime.times("ready"),
+        asked,
+        "it was kept, not asked for again"
+    );
+}
+
+#[tokio::test]
+async fn a_container_whose_post_start_hook_fails_is_stopped_and_says_so() {
+    let site = Site::new();
+    site.runtime.answer("greet", 7);
+    site.put(&probed(
+        json!({"lifecycle": {"postStart": {"exec": {"command": ["greet"]}}}}),
+    ))
+    .await;
+    let daemon = site.start();
+    site.reported(|_, s| {
+        let c = &s["containerStatuses"][0];
+        c["state"]["waiting"]["reason"] == "PostStartHookError"
+            || c["state"]["waiting"]["reason"] == "CrashLoopBackOff"
+    })
+    .await;
+    assert!(site.runtime.times("greet") >= 1);
+    site.runtime.edit(|i| {
+        assert!(
+            !i.containers
+                .iter()
+                .any(|c| matches!(c.state, ContainerState::Running { .. }))
+        )
+    });
     daemon.stop().await;
 }

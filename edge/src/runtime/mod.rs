@@ -454,6 +454,10 @@ pub struct ContainerConfig {
     pub stdin_once: bool,
     /// Allocate a terminal.
     pub tty: bool,
+    /// See the processes of this container of the same pod, instead of what the sandbox says.
+    pub target: Option<ContainerId>,
+    /// `SIGUSR1`, say, instead of the image's stop signal; empty = the image's, or `SIGTERM`.
+    pub stop_signal: String,
     /// cgroup settings.
     pub resources: Resources,
     /// Identity and powers.

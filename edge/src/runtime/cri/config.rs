@@ -86,6 +86,11 @@ pub(super) fn container(
 ) -> Result<api::ContainerConfig, RuntimeError> {
     let mut annotations = to_map(&config.annotations);
     annotations.insert(IMAGE_ANNOTATION.to_owned(), config.image.clone());
+    let mut security = security(&config.name, &config.security, sandbox)?;
+    if let (Some(target), Some(options)) = (&config.target, &mut security.namespace_options) {
+        options.set_pid(api::NamespaceMode::Target);
+        options.target_id.clone_from(&target.0);
+    }
     Ok(api::ContainerConfig {
         metadata: Some(api::ContainerMetadata {
             name: config.name.clone(),
@@ -113,9 +118,25 @@ pub(super) fn container(
         tty: config.tty,
         linux: Some(api::LinuxContainerConfig {
             resources: Some(resources(&config.resources)),
-            security_context: Some(security(&config.name, &config.security, sandbox)?),
+            security_context: Some(security),
         }),
+        stop_signal: stop_signal(&config.name, &config.stop_signal)?.into(),
     })
+}
+
+/// The signal of that name (`SIGRTMIN+3` among them).
+fn stop_signal(container: &str, name: &str) -> Result<api::Signal, RuntimeError> {
+    if name.is_empty() {
+        return Ok(api::Signal::RuntimeDefault);
+    }
+    let known = name.replace('+', "PLUS").replace('-', "MINUS");
+    api::Signal::from_str_name(&known)
+        .filter(|signal| *signal != api::Signal::RuntimeDefault)
+        .ok_or_else(|| {
+            RuntimeError::Invalid(format!(
+                "container {container} asks for the stop signal {name}, which is none"
+            ))
+        })
 }
 
 fn labels_of(given: &BTreeMap<String, String>, owner: &str) -> HashMap<String, String> {
@@ -194,6 +215,7 @@ fn namespaces(options: NamespaceOptions, users: Option<IdRange>) -> api::Namespa
         network: pod_or_node(options.host_network).into(),
         pid: pid.into(),
         ipc: pod_or_node(options.host_ipc).into(),
+        target_id: String::new(),
         userns_options: Some(user_namespace(users)),
     }
 }
@@ -477,6 +499,16 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(paths(unmasked), (0, 0));
+    }
+
+    #[test]
+    fn a_stop_signal_goes_by_its_name_and_nonsense_is_refused() {
+        assert_eq!(stop_signal("c", "").unwrap(), api::Signal::RuntimeDefault);
+        assert_eq!(stop_signal("c", "SIGUSR1").unwrap() as i32, 29);
+        assert_eq!(stop_signal("c", "SIGRTMIN+3").unwrap() as i32, 38);
+        assert_eq!(stop_signal("c", "SIGRTMAX-1").unwrap() as i32, 64);
+        assert!(stop_signal("c", "SIGNOTHING").is_err());
+        assert!(stop_signal("c", "RUNTIME_DEFAULT").is_err());
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! From a container's configuration to what the shim needs; refuses what a process of the host cannot have.
 
 use std::path::Path;
+use std::str::FromStr;
+
+use nix::sys::signal::Signal;
 
 use super::record::{ContainerRecord, Launch, MountRecord};
 use super::unsupported;
@@ -123,6 +126,12 @@ pub(super) fn container_record(
         memory_limit_bytes: resources.memory_limit_bytes,
         oom_score_adj: resources.oom_score_adj,
     };
+    if !config.stop_signal.is_empty() && Signal::from_str(&config.stop_signal).is_err() {
+        return Err(unsupported(format!(
+            "the stop signal {}: use one that is not a real-time signal",
+            config.stop_signal
+        )));
+    }
     Ok(ContainerRecord {
         sandbox: sandbox.0.clone(),
         pod_uid: pod.uid.as_str().to_owned(),
@@ -136,6 +145,7 @@ pub(super) fn container_record(
         image_ref: config.image_ref.clone(),
         log_path: pod.log_directory.join(&config.log_path),
         annotations: config.annotations.clone(),
+        stop_signal: config.stop_signal.clone(),
         launch,
     })
 }

@@ -170,7 +170,11 @@ impl ProcessRuntime {
         if run.boot_id != record::boot_id() {
             return Ok(());
         }
-        signal(&run.process, Signal::SIGTERM);
+        let asked = record::read::<ContainerRecord>(&dir, files::CONTAINER)
+            .ok()
+            .flatten();
+        let asked = asked.and_then(|record| record.stop_signal.parse().ok());
+        signal(&run.process, asked.unwrap_or(Signal::SIGTERM));
         if !ended_within(&dir, &run, grace).await {
             signal(&run.process, Signal::SIGKILL);
             if !ended_within(&dir, &run, KILL_LIMIT).await {

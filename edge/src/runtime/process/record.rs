@@ -37,6 +37,9 @@ pub(super) struct ContainerRecord {
     pub(super) image_ref: String,
     pub(super) log_path: PathBuf,
     pub(super) annotations: BTreeMap<String, String>,
+    /// Name of the signal that asks it to end; empty for `SIGTERM`.
+    #[serde(default)]
+    pub(super) stop_signal: String,
     pub(super) launch: Launch,
 }
 
