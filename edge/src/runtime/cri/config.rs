@@ -423,6 +423,25 @@ mod tests {
         assert_eq!(modes(host), (Node, Node, Node));
     }
 
+    #[test]
+    fn resources_travel_under_the_numbers_that_engines_read() {
+        use prost::Message as _;
+        let sent = resources(&Resources {
+            cpu_period: 1,
+            cpu_quota: 1,
+            cpu_shares: 1,
+            memory_limit_bytes: 1,
+            oom_score_adj: 1,
+            huge_pages: [(String::new(), 0)].into(),
+            unified: [(String::new(), String::new())].into(),
+            memory_swap_bytes: 1,
+        })
+        .encode_to_vec();
+        // Each field is a key and one byte; the key's upper bits are the field's number in api.proto of cri-api.
+        let numbers: Vec<u8> = sent.chunks(2).map(|field| field[0] >> 3).collect();
+        assert_eq!(numbers, [1, 2, 3, 4, 5, 8, 9, 10]);
+    }
+
     fn sandbox_with(user_namespace: Option<IdRange>) -> SandboxConfig {
         SandboxConfig {
             name: "p".into(),
