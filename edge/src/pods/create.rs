@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 
+use super::backoff::Backoff;
 use super::config;
 use super::env::{self, ConfigError, Facts};
 use super::events::Level;
@@ -14,8 +15,8 @@ use super::images::{self, Outcome, Request};
 use super::message::message_file;
 use super::network;
 use super::objects::Objects;
-use super::plan::{inits, regulars, spec_hash};
-use super::record::State;
+use super::plan::{backoff_key, inits, regulars, spec_hash};
+use super::record::{Ended, State};
 use super::resources;
 use super::security;
 use super::status::Waiting;
@@ -162,11 +163,14 @@ impl Worker {
     }
 
     /// Makes and starts a container; answers whether it started. What keeps it from that is noted for the status.
+    ///
+    /// `after` is how the instance before it ended.
     pub(super) async fn start_container(
         &mut self,
         pod: &Pod,
         container: &Container,
         restart_count: u32,
+        after: Option<&Ended>,
     ) -> Result<bool, SyncError> {
         let name = &container.name;
         let Some(image_ref) = self.image(pod, container).await else {
@@ -218,6 +222,10 @@ impl Worker {
                 "Container created".to_owned(),
             )
             .await;
+        // Counted now, whether it will start or not: one that cannot start must wait longer and longer too.
+        if let Some(ended) = after {
+            self.step_backoff(container, ended)?;
+        }
         if let Err(error) = self.shared.runtime.start_container(&id).await {
             self.fail(pod, name, "RunContainerError", error.to_string()).await;
             return Ok(false);
@@ -235,6 +243,19 @@ impl Worker {
         self.waiting.remove(name);
         self.post_start(pod, container, &id).await?;
         Ok(true)
+    }
+
+    fn step_backoff(&mut self, container: &Container, ended: &Ended) -> Result<(), SyncError> {
+        let now = self.shared.clock.now();
+        let known = self.record.containers.entry(container.name.clone()).or_default();
+        let step = Backoff::step(
+            known.backoff.as_ref(),
+            &backoff_key(container),
+            ended.finished,
+            now,
+        );
+        known.backoff = Some(step);
+        self.save()
     }
 
     /// Runs the postStart hook, if there is one; a container whose hook fails is stopped.

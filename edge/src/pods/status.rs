@@ -139,6 +139,8 @@ pub(crate) fn build(pod: &Pod, record: &PodRecord, context: &Context<'_>) -> Pod
         Some(_) if record.released => Phase::Failed,
         _ => match phase(pod, record) {
             Phase::Succeeded | Phase::Failed => Phase::Running,
+            // Init containers run again after the sandbox was lost; the pod has been seen to run all the same.
+            Phase::Pending if was_running(record) => Phase::Running,
             other => other,
         },
     };
@@ -207,6 +209,11 @@ pub(crate) fn build(pod: &Pod, record: &PodRecord, context: &Context<'_>) -> Pod
         observed_generation: generation,
         ..Default::default()
     }
+}
+
+fn was_running(record: &PodRecord) -> bool {
+    let before = record.status.as_ref().and_then(|s| s.phase.as_deref());
+    before == Some(Phase::Running.text())
 }
 
 fn container_status(

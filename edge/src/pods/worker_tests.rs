@@ -23,6 +23,9 @@ use crate::runtime::{
 };
 use crate::store::Store;
 
+/// As a command in [`Scripted::answer`]: every start of a container fails with that code.
+const START: &str = "(start)";
+
 struct Scripted {
     state: Mutex<Inventory>,
     ids: AtomicU64,
@@ -172,6 +175,10 @@ impl Runtime for Scripted {
         Ok(id)
     }
     async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        if let Some(code) = self.codes.lock().unwrap().get(START).copied() {
+            self.exit(id, code);
+            return Err(RuntimeError::Failed("it does not start".to_owned()));
+        }
         self.edit(|i| {
             for c in i.containers.iter_mut().filter(|c| c.id == *id) {
                 c.state = ContainerState::Running {
@@ -558,6 +565,20 @@ async fn ready_survives_the_daemon_and_is_kept_until_the_probe_says_otherwise() 
         asked,
         "it was kept, not asked for again"
     );
+}
+
+#[tokio::test]
+async fn a_container_that_cannot_start_waits_for_its_back_off_like_one_that_crashes() {
+    let site = Site::new();
+    site.runtime.answer(START, 128);
+    site.put(&pod("Always")).await;
+    let daemon = site.start();
+    site.reported(|_, s| {
+        let c = &s["containerStatuses"][0];
+        c["state"]["waiting"]["reason"] == "CrashLoopBackOff" && c["restartCount"] == 1
+    })
+    .await;
+    daemon.stop().await;
 }
 
 #[tokio::test]

@@ -6,7 +6,6 @@
 //! * [`inventory`]: what the runtime has, in ours, asking only about what has changed;
 //! * [`changes`]: notices that something has changed;
 //! * [`usage`]: where the use of containers is read;
-//! * [`exits`]: containerd's own notice that a task has ended, the quickest of them;
 //! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken;
 //! * [`stay`]: which images must stay, and where images are kept.
 //!
@@ -17,7 +16,6 @@
 mod changes;
 mod client;
 mod config;
-mod exits;
 mod failure;
 mod inventory;
 mod reserved;
@@ -29,7 +27,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use skerry_proto::object::Uid;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -45,12 +42,6 @@ use client::Client;
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
 mod api {
     tonic::include_proto!("runtime.v1");
-}
-
-/// containerd's own events, generated from `proto/containerd/events.proto`.
-#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
-mod containerd {
-    tonic::include_proto!("containerd.services.events.v1");
 }
 
 /// A CRI runtime behind a unix socket. See the [module](self).
@@ -166,10 +157,6 @@ impl Runtime for CriRuntime {
 
     async fn stats(&self, inventory: &Inventory) -> Result<RuntimeUse, RuntimeError> {
         self.usage.read(&self.client, inventory).await
-    }
-
-    async fn list_pod(&self, pod: &Uid) -> Result<Inventory, RuntimeError> {
-        self.inventory.list_pod(&self.client, pod).await
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
