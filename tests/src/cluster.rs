@@ -146,7 +146,27 @@ impl Cluster {
         std::fs::write(self.provider_kubeconfig(), text).expect("the kubeconfig can be written");
     }
 
-    fn start_provider(&mut self) {
+    /// `kill -9` of the provider.
+    pub fn kill_provider(&mut self) {
+        if let Some(provider) = self.provider.take() {
+            provider.kill();
+        }
+    }
+
+    /// Fails when the provider has ended by itself.
+    ///
+    /// # Panics
+    /// Then, with the end of its log.
+    pub fn check_provider(&mut self) {
+        let provider = self.provider.as_mut().expect("the provider was started");
+        provider.check().unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Starts the provider, on the same link address as before.
+    ///
+    /// # Panics
+    /// When it does not become ready.
+    pub fn start_provider(&mut self) {
         let node_address = node_address();
         let kubelet = SocketAddr::new(node_address, free_port());
         let mut command = Command::new(workspace_binary("skerry-provider"));

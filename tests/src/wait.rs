@@ -9,15 +9,25 @@ pub const SOON: Duration = Duration::from_secs(60);
 ///
 /// # Panics
 /// When `deadline` has passed, with `what` and the reason that `look` gave last.
-pub fn eventually<T>(deadline: Duration, what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
+pub fn eventually<T>(deadline: Duration, what: &str, look: impl FnMut() -> Result<T, String>) -> T {
+    attempt_until(deadline, look)
+        .unwrap_or_else(|reason| panic!("not within {deadline:?}: {what}; last seen: {reason}"))
+}
+
+/// Asks `look` until it answers `Ok`, and answers its value.
+///
+/// # Errors
+/// The reason that `look` gave last, when `deadline` has passed.
+pub fn attempt_until<T>(
+    deadline: Duration,
+    mut look: impl FnMut() -> Result<T, String>,
+) -> Result<T, String> {
     let end = Instant::now() + deadline;
     loop {
         match look() {
-            Ok(value) => return value,
-            Err(reason) if Instant::now() > end => {
-                panic!("not within {deadline:?}: {what}; last seen: {reason}")
-            }
+            Err(reason) if Instant::now() > end => return Err(reason),
             Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            Ok(value) => return Ok(value),
         }
     }
 }

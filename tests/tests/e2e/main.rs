@@ -5,6 +5,7 @@
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 mod autonomy;
+mod churn;
 mod devices;
 mod duties;
 mod enrolment;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     // The long ones first, so that they do not run alone at the end.
     let scenarios = [
+        churn::scenarios(),
         autonomy::scenarios(),
         devices::scenarios(),
         duties::scenarios(),
