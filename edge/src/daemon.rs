@@ -77,7 +77,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             pod_log_dir: config.pod_log_dir.clone(),
             cluster_dns: config.cluster_dns.clone(),
             cluster_domain: config.cluster_domain.clone(),
-            shares: config.shares,
+            shares: config.shares.with_eviction(&config.duties.eviction.thresholds),
             cgroups: true,
             pod_pids_limit: config.pod_pids_limit,
             data_dir: config.data_dir.clone(),
@@ -134,7 +134,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         NodeConfig {
             site,
             data_dir: config.data_dir.clone(),
-            shares: config.shares,
+            shares: config.shares.with_eviction(&config.duties.eviction.thresholds),
             fallback_machine_id: store.id().to_owned(),
             eviction: config.duties.eviction,
         },

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::measure::Machine;
 use crate::cgroup::{HugePages, Values};
+use crate::eviction::{Amount, Signal, Threshold};
 
 /// What is kept back from pods.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,7 +56,6 @@ impl Amounts {
         Value::Object(list)
     }
 
-    #[allow(dead_code)] // Admission will use it.
     /// By the API's resource name, in thousandths.
     pub(crate) fn milli(&self) -> BTreeMap<String, i128> {
         let whole = |value: u64| i128::from(value) * 1000;
@@ -93,16 +93,16 @@ fn binary(mut value: u64) -> String {
 }
 
 /// How much of a machine is for pods.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shares {
     /// Most pods.
     pub max_pods: u32,
     /// For the system.
     pub reserved: Reserved,
     /// Free memory below which pods are evicted.
-    pub eviction_memory_bytes: u64,
-    /// Free share of the file system below which pods are evicted.
-    pub eviction_disk_percent: u64,
+    pub eviction_memory: Amount,
+    /// Free part of the file system below which pods are evicted.
+    pub eviction_disk: Amount,
 }
 
 impl Default for Shares {
@@ -110,13 +110,26 @@ impl Default for Shares {
         Self {
             max_pods: 110,
             reserved: Reserved::default(),
-            eviction_memory_bytes: 100 << 20,
-            eviction_disk_percent: 10,
+            eviction_memory: Amount::Absolute(100 << 20),
+            eviction_disk: Amount::Share(0.1),
         }
     }
 }
 
 impl Shares {
+    /// The same with what hard thresholds keep free.
+    #[must_use]
+    pub fn with_eviction(mut self, thresholds: &[Threshold]) -> Self {
+        let hard = |signal: Signal| {
+            let mut all = thresholds.iter().filter(|t| t.is_hard());
+            all.find(|t| t.signal == signal)
+                .map_or(Amount::Absolute(0), |t| t.below)
+        };
+        self.eviction_memory = hard(Signal::MemoryAvailable);
+        self.eviction_disk = hard(Signal::NodeFsAvailable);
+        self
+    }
+
     /// What the machine has.
     pub(super) fn capacity(&self, machine: &Machine) -> Amounts {
         Amounts {
@@ -132,9 +145,8 @@ impl Shares {
     pub(super) fn allocatable(&self, machine: &Machine) -> Amounts {
         let all = self.capacity(machine);
         let huge: u64 = all.huge_pages.values().sum();
-        let kept = self.reserved.memory_bytes + self.eviction_memory_bytes + huge;
-        let kept_disk =
-            self.reserved.ephemeral_bytes + all.ephemeral_bytes / 100 * self.eviction_disk_percent;
+        let kept = self.reserved.memory_bytes + self.eviction_memory.of(all.memory_bytes) + huge;
+        let kept_disk = self.reserved.ephemeral_bytes + self.eviction_disk.of(all.ephemeral_bytes);
         Amounts {
             cpu_milli: all.cpu_milli.saturating_sub(self.reserved.cpu_milli),
             memory_bytes: all.memory_bytes.saturating_sub(kept),
@@ -157,7 +169,6 @@ impl Shares {
     }
 }
 
-#[allow(dead_code)] // Admission will use it.
 /// What pods may request of this machine now.
 pub(crate) fn allocatable(shares: &Shares, data_dir: &std::path::Path) -> Amounts {
     shares.allocatable(&Machine::measure(data_dir))
@@ -222,6 +233,15 @@ mod tests {
         assert_eq!(shares.capacity(&machine()).to_json()["cpu"], "4");
         assert_eq!(shares.limits(&machine()).memory_bytes, Some((1024 - 20) << 20));
         assert_eq!(shares.limits(&machine()).cpu_shares, Some(3584));
+    }
+
+    #[test]
+    fn a_policy_without_thresholds_keeps_nothing_free() {
+        let left = Shares::default().with_eviction(&[]).allocatable(&machine());
+        assert_eq!(
+            (left.memory_bytes, left.ephemeral_bytes),
+            ((1024 - 4) << 20, 1000 << 20)
+        );
     }
 
     #[test]

@@ -105,7 +105,7 @@ impl Machine {
 }
 
 /// The architecture in Go's words, which Kubernetes uses.
-pub(super) fn architecture() -> &'static str {
+pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "x86" => "386",

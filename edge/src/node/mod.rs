@@ -25,6 +25,7 @@ use crate::runtime::{Runtime, RuntimeError};
 use crate::store::{NewReport, Store};
 pub use capacity::{Reserved, Shares};
 use measure::Machine;
+pub(crate) use measure::architecture;
 
 /// How often the machine is looked at.
 const LOOK: Duration = Duration::from_secs(10);
@@ -116,6 +117,19 @@ pub(crate) fn memory_capacity(data_dir: &std::path::Path) -> i64 {
     i64::try_from(Machine::measure(data_dir).memory_bytes).unwrap_or(i64::MAX)
 }
 
+/// What of the optional parts of Kubernetes works here: the API server refuses the rest. Names are Kubernetes', sorted.
+fn declared_features(runtime: &dyn Runtime) -> Vec<&'static str> {
+    // An ordinary user may not change cgroups.
+    if runtime.isolated() || nix::unistd::geteuid().is_root() {
+        vec![
+            "InPlacePodLevelResourcesVerticalScaling",
+            "InPlacePodVerticalScalingInitContainers",
+        ]
+    } else {
+        Vec::new()
+    }
+}
+
 async fn status(config: &NodeConfig, runtime: &dyn Runtime, shortage: &mut State) -> Value {
     let machine = Machine::measure(&config.data_dir);
     let policy = &config.eviction;
@@ -141,6 +155,7 @@ async fn status(config: &NodeConfig, runtime: &dyn Runtime, shortage: &mut State
         "images": images_of(images),
         "runtimeHandlers": handlers_of(&features),
         "features": {"supplementalGroupsPolicy": features.supplemental_groups_policy},
+        "declaredFeatures": declared_features(runtime),
     })
 }
 

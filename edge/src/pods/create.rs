@@ -198,6 +198,8 @@ impl Worker {
         let Some(sandbox) = self.view.ready_sandbox().map(|s| s.id.clone()) else {
             return Ok(false);
         };
+        self.record.containers.entry(name.clone()).or_default().actuated =
+            Some(super::allocation::Actuated::of(pod, container));
         let id = match self
             .shared
             .runtime

@@ -10,9 +10,9 @@ use tokio::sync::OnceCell;
 use super::events::Level;
 use super::resources;
 use super::worker::{SyncError, Worker};
-use crate::cgroup::{Cgroups, Driver, Kernel};
+use crate::cgroup::{Cgroups, Driver, Kernel, PERIOD, Values};
 use crate::node::{Shares, capacity, memory_capacity};
-use crate::runtime::{Runtime, RuntimeError};
+use crate::runtime::{Resources, Runtime, RuntimeError};
 
 /// The tree, made when the runtime first says who makes cgroups; and what the machine has.
 pub(super) struct Groups {
@@ -66,7 +66,24 @@ impl Groups {
         self.tree.get()
     }
 
-    #[allow(dead_code)] // The ledger of admitted pods, which comes next, calls it.
+    /// Values of a pod's own cgroup. `pod` carries the allocation.
+    pub(super) fn pod_values(&self, pod: &Pod) -> Values {
+        resources::pod_values(pod, &self.kernel, self.pids)
+    }
+
+    /// The same for the runtime's ears.
+    pub(super) fn runtime_values(&self, values: &Values) -> Resources {
+        Resources {
+            cpu_shares: values
+                .cpu_shares
+                .map_or(0, |s| i64::try_from(s).unwrap_or(i64::MAX)),
+            cpu_quota: values.cpu_quota.unwrap_or(0),
+            cpu_period: if values.cpu_quota.is_some() { PERIOD } else { 0 },
+            memory_limit_bytes: values.memory_bytes.unwrap_or(0),
+            ..Resources::default()
+        }
+    }
+
     /// Gives the Burstable tier what its pods request together.
     pub(super) async fn set_burstable(&self, milli: i128) {
         let shares = resources::shares(milli);
@@ -99,8 +116,9 @@ impl Worker {
             return Ok(true);
         };
         let place = resources::cgroup(pod);
-        let values = resources::pod_values(pod, &groups.kernel, groups.pids);
+        let values = groups.pod_values(pod);
         let Err(error) = tree.set(&place, &values).await else {
+            self.record.pod_actuated = Some(resources::effective(pod));
             return Ok(true);
         };
         if !self.shared.runtime.isolated() {
@@ -125,6 +143,15 @@ impl Worker {
             .known()
             .map_or(Driver::Cgroupfs, Cgroups::driver);
         resources::cgroup(pod).parent(driver)
+    }
+
+    /// Nothing of the pod runs any more: its room is for others.
+    pub(super) async fn leave_ledger(&self) {
+        self.shared.ledger.forget(&self.uid);
+        self.shared
+            .groups
+            .set_burstable(self.shared.ledger.burstable_cpu())
+            .await;
     }
 
     /// Removes the pod's cgroup and what is left in it. What the kernel does not let go yet is removed by the look at

@@ -15,8 +15,12 @@
 //! * A terminal phase is reported only when nothing of the pod can be running, and is final.
 //! * A container with our label whose pod is not in the store is stopped: the store is the truth.
 
+mod admission;
+mod affinity;
+mod allocation;
 mod attend;
 mod backoff;
+mod conditions;
 mod config;
 mod create;
 mod dead;
@@ -29,6 +33,7 @@ mod groups;
 mod hooks;
 mod httpget;
 mod images;
+mod ledger;
 mod message;
 mod needs;
 mod network;
@@ -37,6 +42,7 @@ mod plan;
 mod probes;
 pub(crate) mod quantity;
 mod record;
+mod resize;
 mod resources;
 mod restart_all;
 mod security;
@@ -66,6 +72,7 @@ use crate::runtime::{Inventory, Runtime};
 use crate::store::{ObjectChanged, Store, StoreError};
 use events::Events;
 use images::Images;
+use ledger::{Ledger, Nudge};
 pub use probes::ProbeMetrics;
 use record::PodRecord;
 use worker::{Orders, Shared, Worker};
@@ -178,8 +185,11 @@ impl Pods {
             config.parallel_pulls,
         );
         let user_ranges = security::UserRanges::load(store.clone());
+        let (ledger, nudges) = Ledger::new();
         let shared = Shared {
             groups: groups::Groups::new(&config),
+            ledger,
+            nudges: tokio::sync::Mutex::new(nudges),
             config,
             store,
             runtime,
@@ -241,6 +251,8 @@ impl Pods {
         let mut objects = self.shared.store.changes();
         let mut runtime = self.shared.runtime.changes();
         let mut rounds = self.shared.report_round.subscribe();
+        let mut nudges = self.shared.nudges.lock().await;
+        supervisor.restore_ledger()?;
         supervisor.look_at_everything()?;
         let mut tick = tokio::time::interval(RESYNC);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -255,6 +267,7 @@ impl Pods {
                 }
                 // The sender lives in `self`.
                 _ = rounds.changed() => supervisor.wake(|_| true),
+                Some(nudge) = nudges.recv() => supervisor.nudged(nudge),
                 Some(ended) = supervisor.tasks.join_next() => supervisor.worker_ended(ended),
             }
         }
@@ -294,6 +307,37 @@ impl Supervisor {
             }
         }
         Ok(())
+    }
+
+    /// Enters every pod that was admitted before into the book, so that no new one takes its room.
+    fn restore_ledger(&self) -> Result<(), StoreError> {
+        for (uid, record) in self.shared.store.state_list::<PodRecord>(ROOM)? {
+            let Some(given) = record.allocated.filter(|_| !record.released) else {
+                continue;
+            };
+            let key = ObjectKey {
+                kind: Kind::Pod,
+                uid: Uid::from(uid),
+            };
+            // A pod whose object is gone is about to stop.
+            if let Some(object) = self.shared.store.get(&key)?
+                && let Ok(pod) = object.decode::<Pod>()
+            {
+                self.shared.ledger.restore(&key.uid, &given.apply(&pod));
+            }
+        }
+        Ok(())
+    }
+
+    fn nudged(&mut self, nudge: Nudge) {
+        match nudge {
+            Nudge::Look(uid) => self.wake(|other| *other == uid),
+            Nudge::Preempt(uid) => {
+                if let Some(orders) = self.workers.get(&uid) {
+                    orders.send_modify(|o| o.preempted = true);
+                }
+            }
+        }
     }
 
     fn object_changed(&mut self, notice: Result<ObjectChanged, broadcast::error::RecvError>) {

@@ -366,6 +366,20 @@ impl Planner<'_> {
                 discard: None,
                 after: None,
             });
+        } else if super::resize::needs_restart(self.pod, container, self.record) {
+            self.plan.steps.push(Step::Kill {
+                message: format!("Container {name} resize requires restart"),
+                name: name.clone(),
+                id: instance.id.clone(),
+                grace: None,
+            });
+            let restart_count = instance.restart_count + 1;
+            self.plan.steps.push(Step::Start {
+                name,
+                restart_count,
+                discard: None,
+                after: None,
+            });
         } else if let Some(verdict) = self.condemned.iter().find(|c| c.id == instance.id) {
             let again = restarts(self.pod, container, 137);
             let then = if again { ", will be restarted" } else { "" };

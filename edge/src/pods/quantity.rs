@@ -61,7 +61,6 @@ impl Format {
     }
 }
 
-#[allow(dead_code)] // Status will use it.
 /// Thousandths as the quantity that the API server would print: the largest suffix that leaves a whole number.
 pub(crate) fn from_milli(milli: i128, format: Format) -> Quantity {
     let whole = milli % 1000 == 0;

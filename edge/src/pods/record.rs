@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::PodStatus;
+use k8s_openapi::api::core::v1::{PodStatus, ResourceRequirements};
 use serde::{Deserialize, Serialize};
 
+use super::allocation::{Actuated, Allocation, Resizing};
 use super::backoff::Backoff;
 use crate::runtime::{Container, ContainerState, Sandbox, SandboxState};
 
@@ -30,6 +31,13 @@ pub(crate) struct PodRecord {
     /// A rule `RestartAllContainers` is being carried out.
     #[serde(default)]
     pub(crate) restarting_all: bool,
+    /// What the pod was given; `None` until the node has taken it.
+    pub(crate) allocated: Option<Allocation>,
+    /// What the pod as a whole is set up with; `None` where it has no cgroup of its own.
+    pub(crate) pod_actuated: Option<ResourceRequirements>,
+    /// Where a resize stands.
+    #[serde(default)]
+    pub(crate) resize: Resizing,
     /// A decision that the pod has ended. Final.
     pub(crate) end: Option<End>,
     /// Nothing of it runs any more, its volumes and cgroups are gone.
@@ -41,7 +49,7 @@ pub(crate) struct PodRecord {
 }
 
 /// How a pod ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct End {
     /// It did what it should.
     pub(crate) succeeded: bool,
@@ -49,6 +57,8 @@ pub(crate) struct End {
     pub(crate) reason: String,
     /// `status.message`, often empty.
     pub(crate) message: String,
+    /// The node ended it for the sake of others: message of the condition `DisruptionTarget`.
+    pub(crate) disruption: Option<String>,
 }
 
 /// What is remembered of one container.
@@ -58,6 +68,8 @@ pub(crate) struct ContainerRecord {
     pub(crate) last: Option<Instance>,
     /// How the instance before it ended.
     pub(crate) previous: Option<Ended>,
+    /// What the newest instance was last given.
+    pub(crate) actuated: Option<Actuated>,
     /// Crash back-off.
     pub(crate) backoff: Option<Backoff>,
     /// The startup probe and postStart have passed for the newest instance.

@@ -61,7 +61,6 @@ impl Amount {
 /// Amounts by resource name.
 pub(crate) type Amounts = BTreeMap<String, Amount>;
 
-#[allow(dead_code)] // Status will use it.
 /// Amounts as the API has them.
 pub(crate) fn to_list(amounts: &Amounts) -> List {
     amounts
@@ -238,6 +237,20 @@ pub(crate) fn pod_values(pod: &Pod, kernel: &Kernel, pids: Option<u64>) -> Value
     }
 }
 
+/// What the pod as a whole is set up with, as its status shows it: a limit only where one is enforced.
+pub(crate) fn effective(pod: &Pod) -> ResourceRequirements {
+    let mut requests = requests(pod);
+    requests.retain(|name, amount| pod_level(name) && amount.milli > 0);
+    let mut limits = limits(pod);
+    limits.retain(|name, amount| pod_level(name) && amount.milli > 0 && is_limited(pod, name));
+    let list = |amounts: Amounts| (!amounts.is_empty()).then(|| to_list(&amounts));
+    ResourceRequirements {
+        claims: None,
+        limits: list(limits),
+        requests: list(requests),
+    }
+}
+
 /// A limit for every size that the kernel knows: none asked for is none given.
 fn huge_pages(amounts: &Amounts, kernel: &Kernel) -> BTreeMap<String, u64> {
     let mut limits: BTreeMap<String, u64> = kernel
@@ -260,8 +273,16 @@ fn huge_pages(amounts: &Amounts, kernel: &Kernel) -> BTreeMap<String, u64> {
     limits
 }
 
-/// The limit of a container, or else the pod's.
-fn container_limit(pod: &Pod, container: &Container, name: &str) -> Option<i128> {
+/// The request of a container, in thousandths.
+pub(crate) fn container_request(container: &Container, name: &str) -> Option<i128> {
+    amount(
+        container.resources.as_ref().and_then(|r| r.requests.as_ref()),
+        name,
+    )
+}
+
+/// The limit of a container, or else the pod's, in thousandths.
+pub(crate) fn container_limit(pod: &Pod, container: &Container, name: &str) -> Option<i128> {
     amount(container.resources.as_ref().and_then(|r| r.limits.as_ref()), name)
         .or_else(|| amount(pod_resources(pod).and_then(|r| r.limits.as_ref()), name))
 }

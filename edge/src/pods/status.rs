@@ -6,12 +6,13 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
-    ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus,
+    ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus, VolumeMount, VolumeMountStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::plan::{any_regular_started, inits, is_sidecar, regulars, restarts};
 use super::record::{Ended, PodRecord, State};
+use super::resources;
 use super::{ephemeral, restart_all};
 
 /// Why a container does not run yet, or not again.
@@ -133,6 +134,11 @@ fn ended<'a>(record: &'a PodRecord, container: &Container) -> Option<&'a Ended> 
 
 /// The whole status. `record.status` is the one before: transition times are kept from it.
 pub(crate) fn build(pod: &Pod, record: &PodRecord, context: &Context<'_>) -> PodStatus {
+    if let Some(end) = super::conditions::rejected(record) {
+        return super::conditions::rejected_status(pod, record, end, context.now);
+    }
+    let allocated = record.allocated.as_ref().map(|given| given.apply(pod));
+    let pod = allocated.as_deref().unwrap_or(pod);
     let phase = match &record.end {
         // Terminal is final, and withheld until nothing can be running any more.
         Some(end) if record.released && end.succeeded => Phase::Succeeded,
@@ -175,6 +181,8 @@ pub(crate) fn build(pod: &Pod, record: &PodRecord, context: &Context<'_>) -> Pod
     statuses.sort_by(|a, b| a.name.cmp(&b.name));
     let generation = pod.metadata.generation;
     let mut conditions = conditions(pod, record, phase, &init_statuses, &statuses, context);
+    conditions.extend(super::conditions::of_resize(record));
+    conditions.extend(super::conditions::disruption(record));
     // Before the first report, what the API server has: the scheduler's PodScheduled keeps its time.
     let before = record.status.as_ref().or(pod.status.as_ref());
     stamp(&mut conditions, before, generation, context.now);
@@ -207,6 +215,13 @@ pub(crate) fn build(pod: &Pod, record: &PodRecord, context: &Context<'_>) -> Pod
         ephemeral_container_statuses: ephemeral::statuses(pod, |c| container_status(pod, c, record, context)),
         qos_class: pod.status.as_ref().and_then(|s| s.qos_class.clone()),
         observed_generation: generation,
+        allocated_resources: Some(resources::to_list(&resources::requests(pod))).filter(|l| !l.is_empty()),
+        resources: Some(
+            record
+                .pod_actuated
+                .clone()
+                .unwrap_or_else(|| resources::effective(pod)),
+        ),
         ..Default::default()
     }
 }
@@ -258,6 +273,13 @@ fn container_status(
     status.container_id = Some(format!("{}://{}", context.scheme, last.id));
     status.image_id = last.image_ref.clone();
     status.last_state = previous;
+    status.volume_mounts = volume_mounts(container);
+    let given = container.resources.clone().unwrap_or_default();
+    status.allocated_resources.clone_from(&given.requests);
+    status.resources = Some(match (&last.state, known.and_then(|k| k.actuated.as_ref())) {
+        (State::Running(_), Some(has)) => has.resources.clone(),
+        _ => given,
+    });
     match &last.state {
         State::Created => {
             status.state = waiting();
@@ -296,6 +318,24 @@ fn container_status(
     status
 }
 
+/// The mounts as they are: read-only ones are so below other mounts too only where that was demanded, for then the
+/// container would not have been made without it.
+fn volume_mounts(container: &Container) -> Option<Vec<VolumeMountStatus>> {
+    let mounts = container.volume_mounts.as_ref().filter(|m| !m.is_empty())?;
+    let status = |mount: &VolumeMount| {
+        let read_only = mount.read_only == Some(true);
+        let demanded = mount.recursive_read_only.as_deref() == Some("Enabled");
+        VolumeMountStatus {
+            name: mount.name.clone(),
+            mount_path: mount.mount_path.clone(),
+            read_only: read_only.then_some(true),
+            recursive_read_only: read_only.then(|| if demanded { "Enabled" } else { "Disabled" }.to_owned()),
+            ..VolumeMountStatus::default()
+        }
+    };
+    Some(mounts.iter().map(status).collect())
+}
+
 fn terminated(ended: &Ended, context: &Context<'_>) -> ContainerState {
     ContainerState {
         terminated: Some(ContainerStateTerminated {
@@ -312,7 +352,7 @@ fn terminated(ended: &Ended, context: &Context<'_>) -> ContainerState {
 }
 
 /// One condition before times and generation are put in.
-fn condition(kind: &str, ok: bool, reason: &str, message: String) -> PodCondition {
+pub(crate) fn condition(kind: &str, ok: bool, reason: &str, message: String) -> PodCondition {
     PodCondition {
         type_: kind.to_owned(),
         status: if ok { "True" } else { "False" }.to_owned(),
@@ -436,7 +476,7 @@ fn ready(pod: &Pod, containers_ready: &PodCondition) -> PodCondition {
 }
 
 /// Puts in generation and times; a time changes only with its condition's status.
-fn stamp(
+pub(crate) fn stamp(
     conditions: &mut [PodCondition],
     before: Option<&PodStatus>,
     generation: Option<i64>,
@@ -449,8 +489,9 @@ fn stamp(
             .find(|c| c.type_ == condition.type_ && c.status == condition.status);
         condition.last_transition_time = old
             .and_then(|c| c.last_transition_time.clone())
+            .or(condition.last_transition_time.take())
             .or(Some(Time(now)));
-        condition.observed_generation = generation;
+        condition.observed_generation = condition.observed_generation.or(generation);
     }
 }
 

@@ -168,8 +168,7 @@ fn a_terminal_phase_is_withheld_until_everything_is_released() {
     let (mut record, _) = record_of(&pod, vec![container("c", "id", 0, exited(9, 0))]);
     record.end = Some(super::super::record::End {
         succeeded: true,
-        reason: String::new(),
-        message: String::new(),
+        ..Default::default()
     });
     assert_eq!(
         build(&pod, &record, &context(&BTreeMap::new())).phase.as_deref(),

@@ -59,8 +59,7 @@ impl Worker {
             let succeeded = status::final_succeeded(pod, &self.record);
             self.record.end = Some(End {
                 succeeded,
-                reason: String::new(),
-                message: String::new(),
+                ..End::default()
             });
         }
         self.release().await?;
@@ -136,6 +135,7 @@ impl Worker {
         self.volumes.clear();
         self.remove_cgroup(&self.uid).await;
         self.shared.user_ranges.release(&self.uid);
+        self.leave_ledger().await;
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use skerry_proto::object::Uid;
 use tokio::sync::watch;
 
+use super::admission::Admitted;
 use super::events::{Events, Level};
 use super::hooks::Stop;
 use super::images::Images;
@@ -34,6 +35,9 @@ const MAX_ROUNDS: usize = 32;
 /// What every worker uses.
 pub(super) struct Shared {
     pub(super) groups: super::groups::Groups,
+    pub(super) ledger: super::ledger::Ledger,
+    /// What the ledger has to tell; the supervisor listens.
+    pub(super) nudges: tokio::sync::Mutex<tokio::sync::mpsc::UnboundedReceiver<super::ledger::Nudge>>,
     pub(super) config: PodsConfig,
     pub(super) store: Store,
     pub(super) runtime: Arc<dyn Runtime>,
@@ -59,6 +63,8 @@ pub(super) struct Orders {
     pub(super) pod: Option<Arc<Pod>>,
     /// The object was removed: stop, clean up, end.
     pub(super) removed: bool,
+    /// A critical pod needs the room: stop, end.
+    pub(super) preempted: bool,
     /// Moves when something that the pod depends on may have changed.
     pub(super) wakes: u64,
 }
@@ -195,13 +201,20 @@ impl Worker {
     }
 
     /// One complete look at a pod that should run.
-    async fn sync(&mut self, pod: &Pod) -> Result<(), SyncError> {
-        self.begin(pod)?;
+    async fn sync(&mut self, wished: &Pod) -> Result<(), SyncError> {
+        self.begin(wished)?;
         self.features = self.shared.runtime.features().await;
-        self.look(pod).await?;
+        self.look(wished).await?;
         if self.record.end.is_some() {
-            return self.finish_end(pod).await;
+            return self.finish_end(wished).await;
         }
+        // From here on the pod has what it was given, whatever its spec asks for.
+        let pod = match self.admit(wished).await? {
+            Admitted::Yes(pod) => *pod,
+            Admitted::NotYet => return self.publish(wished, false).await,
+            Admitted::No(end) => return self.end(wished, end).await,
+        };
+        let pod = &pod;
         if let Some(end) = self.ending(pod) {
             return self.end(pod, end).await;
         }
@@ -210,6 +223,7 @@ impl Worker {
             if !self.mount(pod).await {
                 break;
             }
+            self.resize(pod).await?;
             let now = self.shared.clock.now();
             let plan = plan::plan(
                 pod,
@@ -294,11 +308,13 @@ impl Worker {
 
     /// The pod has ended by its own rules.
     fn ending(&mut self, pod: &Pod) -> Option<End> {
-        // A pod that already runs was admitted.
-        if self.view.sandboxes.is_empty()
-            && let Some(refusal) = super::security::refusal(pod, &self.features, self.shared.apparmor)
-        {
-            return Some(refusal);
+        if self.orders.borrow().preempted {
+            return Some(End {
+                reason: "Preempting".to_owned(),
+                message: "Preempted in order to admit critical pod".to_owned(),
+                disruption: Some("Pod was preempted by Kubelet to accommodate a critical pod.".to_owned()),
+                ..End::default()
+            });
         }
         let limit = pod.spec.as_ref().and_then(|s| s.active_deadline_seconds);
         if let (Some(limit), Some(start)) =
@@ -313,9 +329,9 @@ impl Worker {
                 Some(left) => self.again = self.again.min(left),
                 None => {
                     return Some(End {
-                        succeeded: false,
                         reason: "DeadlineExceeded".to_owned(),
                         message: "Pod was active on the node longer than the specified deadline".to_owned(),
+                        ..End::default()
                     });
                 }
             }
@@ -327,18 +343,18 @@ impl Worker {
         };
         Some(End {
             succeeded,
-            reason: String::new(),
-            message: String::new(),
+            ..End::default()
         })
     }
 
     async fn end(&mut self, pod: &Pod, end: End) -> Result<(), SyncError> {
-        if !end.reason.is_empty() {
-            // A deadline is the user's own; everything else is a refusal.
-            let level = match end.reason.as_str() {
-                "DeadlineExceeded" => Level::Normal,
-                _ => Level::Warning,
-            };
+        // Those that were turned away have had their event.
+        let level = match end.reason.as_str() {
+            "DeadlineExceeded" => Some(Level::Normal),
+            "Preempting" => Some(Level::Warning),
+            _ => None,
+        };
+        if let Some(level) = level {
             self.shared
                 .events
                 .emit(pod, None, level, &end.reason, end.message.clone())

@@ -21,13 +21,14 @@ pub const SITE_LABEL: &str = "edge.skerry.dev/site";
 /// Labels that a site may assert of itself.
 const OWN_LABELS: [&str; 3] = ["kubernetes.io/hostname", "kubernetes.io/os", "kubernetes.io/arch"];
 /// Fields of NodeStatus that the site measures.
-const MEASURED: [&str; 6] = [
+const MEASURED: [&str; 7] = [
     "capacity",
     "allocatable",
     "nodeInfo",
     "images",
     "runtimeHandlers",
     "features",
+    "declaredFeatures",
 ];
 
 /// Where the API server reaches the kubelet endpoint of every site: this provider.

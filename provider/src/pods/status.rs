@@ -36,6 +36,12 @@ const OWNED: [&str; 15] = [
 /// Lists whose patch strategy is merge: they are replaced as a whole, or old addresses would stay for ever.
 const REPLACED: [&str; 2] = ["hostIPs", "podIPs"];
 
+/// Maps whose keys would merge: they are replaced as a whole, or a key that is gone would stay for ever.
+const WHOLE: [&str; 2] = ["resources", "allocatedResources"];
+
+/// Conditions that the edge takes back by leaving them out.
+const PASSING: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
+
 /// Writes a report to the API and, when the pod has ended and is under deletion, deletes the object.
 pub async fn apply(client: &Client, mirror: &Mirror, site: &SiteName, report: &PodStatusReport) -> Outcome {
     let Ok(Value::Object(reported)) = serde_json::from_slice(&report.status_json) else {
@@ -100,11 +106,18 @@ fn status_patch(reported: &Map<String, Value>, current: &Value, uid: &str) -> Op
                 list.extend(items.iter().cloned());
                 Value::Array(list)
             }
+            // Where there is nothing to replace, the API server would drop a map with a directive.
+            Some(Value::Object(map)) if WHOLE.contains(&field) && old.is_some() => {
+                let mut map = map.clone();
+                map.insert("$patch".to_owned(), Value::from("replace"));
+                Value::Object(map)
+            }
             Some(value) => value.clone(),
         };
         status.insert(field.to_owned(), value);
     }
-    let conditions = changed_conditions(reported, current);
+    let mut conditions = changed_conditions(reported, current);
+    conditions.extend(ended_conditions(reported, current));
     if !conditions.is_empty() {
         status.insert("conditions".to_owned(), Value::Array(conditions));
     }
@@ -127,6 +140,19 @@ fn changed_conditions(reported: &Map<String, Value>, current: &Value) -> Vec<Val
             }
         })
         .map(complete_condition)
+        .collect()
+}
+
+/// Conditions of the edge that hold no more.
+fn ended_conditions(reported: &Map<String, Value>, current: &Value) -> Vec<Value> {
+    let has = |conditions: Option<&Value>, kind: &str| {
+        let list = conditions.and_then(Value::as_array);
+        list.is_some_and(|list| list.iter().any(|c| c["type"] == kind))
+    };
+    PASSING
+        .iter()
+        .filter(|kind| has(current.get("conditions"), kind) && !has(reported.get("conditions"), kind))
+        .map(|kind| json!({"$patch": "delete", "type": kind}))
         .collect()
 }
 
@@ -207,5 +233,32 @@ mod tests {
             patch["status"]["conditions"],
             json!([{"type": "Ready", "status": "True", "reason": null, "message": null, "lastTransitionTime": "b"}])
         );
+    }
+
+    #[test]
+    fn a_resize_that_is_over_takes_its_condition_with_it() {
+        let resize = json!({"type": "PodResizePending", "status": "True"});
+        let foreign = json!({"type": "example.com/gate", "status": "True"});
+        let current = json!({"conditions": [resize, foreign]});
+        let patch = status_patch(&map(json!({"conditions": []})), &current, "u").unwrap();
+        assert_eq!(
+            patch["status"]["conditions"],
+            json!([{"$patch": "delete", "type": "PodResizePending"}])
+        );
+        let again = json!({"conditions": [foreign]});
+        assert_eq!(status_patch(&map(json!({"conditions": []})), &again, "u"), None);
+    }
+
+    #[test]
+    fn resources_are_replaced_as_a_whole() {
+        let current = json!({"resources": {"limits": {"cpu": "1"}, "requests": {"cpu": "1"}}});
+        let reported = map(json!({"resources": {"requests": {"cpu": "2"}}}));
+        let patch = status_patch(&reported, &current, "u").unwrap();
+        assert_eq!(
+            patch["status"]["resources"],
+            json!({"$patch": "replace", "requests": {"cpu": "2"}})
+        );
+        let patch = status_patch(&reported, &json!({}), "u").unwrap();
+        assert_eq!(patch["status"]["resources"], json!({"requests": {"cpu": "2"}}));
     }
 }

@@ -11,6 +11,7 @@ mod duties;
 mod enrolment;
 mod pods;
 mod programs;
+mod resources;
 mod store;
 mod streams;
 mod workloads;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         store::scenarios(),
         enrolment::scenarios(),
         pods::scenarios(),
+        resources::scenarios(),
         workloads::scenarios(),
         streams::scenarios(),
         programs::scenarios(),

@@ -2,8 +2,8 @@
 
 use k8s_openapi::api::core::v1::{AppArmorProfile, Pod};
 
+use super::super::admission::Rejection;
 use super::super::plan::{inits, regulars};
-use super::super::record::End;
 use crate::runtime::Features;
 
 /// The kernel enforces AppArmor profiles. What it says at the start of the daemon holds until the next start.
@@ -14,14 +14,8 @@ pub(crate) fn apparmor_enabled() -> bool {
 }
 
 /// Why the pod is refused before anything of it runs; `None` when it may run.
-pub(crate) fn refusal(pod: &Pod, features: &Features, apparmor: bool) -> Option<End> {
-    let refused = |reason: &str, message: String| {
-        Some(End {
-            succeeded: false,
-            reason: reason.to_owned(),
-            message,
-        })
-    };
+pub(crate) fn refusal(pod: &Pod, features: &Features, apparmor: bool) -> Option<Rejection> {
+    let refused = |reason: &str, message: String| Some(Rejection::new(reason, message));
     if let Some(why) = forbidden_sysctl(pod) {
         return refused("SysctlForbidden", format!("forbidden sysctl: {why}"));
     }
