@@ -1,10 +1,11 @@
 //! Wires the rooms of the edge daemon together and runs them.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use prometheus_client::registry::Registry;
 use skerry_proto::device::Defaults;
 use skerry_proto::link::Kind;
 use skerry_telemetry::http::{Endpoints, ListenError};
@@ -17,6 +18,7 @@ use crate::config::{Config, ConfigError, RuntimeKind};
 use crate::devices::{self, Devices};
 use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
 use crate::images;
+use crate::inspect::{ConfigFacts, Inspect, kubelet_configuration};
 use crate::link::{Dial, Greeting, Link, boot_id};
 use crate::metrics::Metrics;
 use crate::node::{self, NodeConfig};
@@ -25,6 +27,7 @@ use crate::rotation;
 use crate::runtime::cri::CriRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Runtime, RuntimeError};
+use crate::stats::{Stats, StatsConfig};
 use crate::store::{OpenError, Store, StoreError};
 use crate::streams::{PodLookup, Streams};
 
@@ -64,7 +67,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         .unwrap_or_else(|| identity.provider.clone());
     let store = Store::open(&config.data_dir)?;
     let metrics = Arc::new(Metrics::new(&site));
-    let runtime = runtime(&config, site.as_str())?;
+    let kubelet_registry = Arc::new(Mutex::new(Registry::default()));
+    let runtime = runtime(&config, site.as_str(), &kubelet_registry)?;
     tracing::info!(%site, %provider, runtime = runtime.scheme(), data_dir = %config.data_dir.display(), "the site is starting");
 
     let (identity_sender, identity) = watch::channel(Arc::new(identity));
@@ -88,12 +92,29 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         Arc::clone(&runtime),
         Arc::new(SystemClock),
     );
-    let lookup = Arc::new(Lookup(store.clone()));
-    let streams = Arc::new(Streams::new(
+    let stats = Stats::new(
+        StatsConfig {
+            node_name: site.to_string(),
+            root_dir: config.root_dir.clone(),
+            pod_log_dir: config.pod_log_dir.clone(),
+            fallback_machine_id: store.id().to_owned(),
+        },
         Arc::clone(&runtime),
-        lookup,
-        config.pod_log_dir.clone(),
-    ));
+    );
+    pods.starts()
+        .register(&mut kubelet_registry.lock().unwrap_or_else(PoisonError::into_inner));
+    let inspect = Inspect {
+        node_name: site.to_string(),
+        stats,
+        runtime: Arc::clone(&runtime),
+        pods: pods.summary(),
+        registry: kubelet_registry,
+        probes: pods.probes(),
+        config: kubelet_configuration(&config_facts(&config)),
+    };
+    let lookup = Arc::new(Lookup(store.clone()));
+    let streams = Streams::new(Arc::clone(&runtime), lookup, config.pod_log_dir.clone());
+    let streams = Arc::new(streams.answering(Arc::new(inspect)));
     let greeting = Greeting {
         site: site.clone(),
         boot_id: boot_id(),
@@ -170,11 +191,27 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     Ok(ended?)
 }
 
-fn runtime(config: &Config, site: &str) -> Result<Arc<dyn Runtime>, DaemonError> {
+fn config_facts(config: &Config) -> ConfigFacts {
+    ConfigFacts {
+        max_pods: config.shares.max_pods,
+        cluster_dns: config.cluster_dns.clone(),
+        cluster_domain: config.cluster_domain.clone(),
+        runtime_endpoint: match config.runtime {
+            RuntimeKind::Cri => format!("unix://{}", config.runtime_socket.display()),
+            RuntimeKind::Process => String::new(),
+        },
+        pod_log_dir: config.pod_log_dir.display().to_string(),
+        more: Vec::new(),
+    }
+}
+
+fn runtime(config: &Config, site: &str, registry: &Mutex<Registry>) -> Result<Arc<dyn Runtime>, DaemonError> {
     Ok(match config.runtime {
         RuntimeKind::Cri => {
-            let cri = CriRuntime::connect(config.runtime_socket.clone(), site);
-            Arc::new(cri.with_cgroup_driver(config.cgroup_driver))
+            let runtime = CriRuntime::connect(config.runtime_socket.clone(), site);
+            let mut registry = registry.lock().unwrap_or_else(PoisonError::into_inner);
+            runtime.operations().register(&mut registry);
+            Arc::new(runtime.with_cgroup_driver(config.cgroup_driver))
         }
         RuntimeKind::Process => {
             let program = std::env::current_exe().map_err(DaemonError::Program)?;

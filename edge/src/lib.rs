@@ -14,6 +14,7 @@ pub mod devices;
 pub mod eviction;
 pub mod identity;
 pub mod images;
+pub mod inspect;
 pub mod link;
 pub mod metrics;
 pub mod node;

@@ -26,6 +26,15 @@ pub struct SiteLabels {
     node: String,
 }
 
+/// A tunnel that is open.
+struct OpenTunnel(Gauge);
+
+impl Drop for OpenTunnel {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// Everything that the daemon counts.
 pub struct Metrics {
     /// What `/metrics` shows.
@@ -35,6 +44,7 @@ pub struct Metrics {
     requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
     certificate: Gauge<f64, std::sync::atomic::AtomicU64>,
     dropped: Counter,
+    tunnels: Gauge,
     outbox: Gauge,
     pods: Gauge,
     store_bytes: Gauge,
@@ -69,6 +79,12 @@ impl Metrics {
             "Reports that the provider will never take",
             dropped.clone(),
         );
+        let tunnels = Gauge::default();
+        registry.register(
+            "skerry_tunnels",
+            "Streams that are served to the cloud",
+            tunnels.clone(),
+        );
         let (outbox, pods, store_bytes) = (Gauge::default(), Gauge::default(), Gauge::default());
         registry.register(
             "skerry_outbox_reports",
@@ -92,6 +108,7 @@ impl Metrics {
             requests,
             certificate,
             dropped,
+            tunnels,
             outbox,
             pods,
             store_bytes,
@@ -116,6 +133,12 @@ impl Metrics {
     pub fn set_certificate(&self, seconds_left: i64) {
         #[allow(clippy::cast_precision_loss)]
         self.certificate.set(seconds_left as f64 / 86_400.0);
+    }
+
+    /// Counts a tunnel until the answer is dropped.
+    pub fn tunnel(&self) -> impl Drop + Send + use<> {
+        self.tunnels.inc();
+        OpenTunnel(self.tunnels.clone())
     }
 
     /// Counts a report that the provider will never take.

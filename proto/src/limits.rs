@@ -15,5 +15,18 @@ pub const CHANGE_WINDOW: u64 = 256;
 /// Most reports that the edge sends ahead of the provider's results.
 pub const REPORT_WINDOW: usize = 256;
 
+/// Most tunnels of one site at a time, pending ones included.
+pub const MAX_TUNNELS_PER_SITE: usize = 512;
+
+/// Bytes that one HTTP/2 stream of the link may have under way in one direction.
+pub const LINK_STREAM_WINDOW: u32 = 256 * 1024;
+
+/// Bytes that all streams of a connection may have under way: so many that tunnels whose readers have stopped never
+/// take the last of it from the others.
+pub const LINK_CONNECTION_WINDOW: u32 = (MAX_TUNNELS_PER_SITE as u32 + 64) * LINK_STREAM_WINDOW;
+
 /// Largest data chunk in a tunnel frame.
 pub const TUNNEL_CHUNK_BYTES: usize = 32 * 1024;
+
+/// Largest answer to a query, packed or not: measurements of a node with several hundred containers.
+pub const MAX_QUERY_ANSWER_BYTES: usize = 16 * 1024 * 1024;

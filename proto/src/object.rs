@@ -89,8 +89,8 @@ impl ContentHash {
 /// Why an object could not be packed or unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum PackError {
-    /// The object is larger than [`MAX_OBJECT_BYTES`].
-    #[error("the object has more than {MAX_OBJECT_BYTES} bytes")]
+    /// It is larger than its limit, [`MAX_OBJECT_BYTES`] for an object.
+    #[error("the object is too large for the link: an object may have {MAX_OBJECT_BYTES} bytes")]
     TooLarge,
     /// The compressed bytes are damaged.
     #[error("the compressed object cannot be read: {0}")]
@@ -98,6 +98,24 @@ pub enum PackError {
     /// The bytes are not JSON.
     #[error("the object is not JSON: {0}")]
     Json(#[from] serde_json::Error),
+}
+
+/// Compresses text for the link.
+pub fn compress(text: &[u8]) -> Result<Vec<u8>, PackError> {
+    Ok(zstd::bulk::compress(text, ZSTD_LEVEL)?)
+}
+
+/// Reads compressed text from the link. Allocates at most `limit` bytes.
+pub fn decompress(packed: &[u8], limit: usize) -> Result<Vec<u8>, PackError> {
+    use std::io::Read;
+    let mut text = Vec::new();
+    zstd::stream::read::Decoder::new(packed)?
+        .take(limit as u64 + 1)
+        .read_to_end(&mut text)?;
+    if text.len() > limit {
+        return Err(PackError::TooLarge);
+    }
+    Ok(text)
 }
 
 /// Compresses an object for the link.
@@ -111,15 +129,7 @@ pub fn pack(object: &Value) -> Result<Vec<u8>, PackError> {
 
 /// Reads an object's JSON from the link. Allocates at most [`MAX_OBJECT_BYTES`].
 pub fn unpack_bytes(json_zstd: &[u8]) -> Result<Vec<u8>, PackError> {
-    use std::io::Read;
-    let mut json = Vec::new();
-    zstd::stream::read::Decoder::new(json_zstd)?
-        .take(MAX_OBJECT_BYTES as u64 + 1)
-        .read_to_end(&mut json)?;
-    if json.len() > MAX_OBJECT_BYTES {
-        return Err(PackError::TooLarge);
-    }
-    Ok(json)
+    decompress(json_zstd, MAX_OBJECT_BYTES)
 }
 
 /// Reads an object from the link as a typed value.

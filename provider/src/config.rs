@@ -1,6 +1,7 @@
 //! Settings of the provider: flags over environment over file over defaults.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -36,6 +37,10 @@ pub struct Settings {
     /// Address of the kubelet API for kubectl logs, exec and attach [default: 0.0.0.0:10250]
     #[arg(long, env = "SKERRY_KUBELET_LISTEN", value_name = "IP:PORT")]
     pub kubelet_listen: Option<SocketAddr>,
+    /// Ports of the kubelet API's address, one for each site's Node, so that metrics and kubectl top work; none: every
+    /// Node has the port of --kubelet-listen [default: 20000-29999]
+    #[arg(long, env = "SKERRY_NODE_PORTS", value_name = "FIRST-LAST|none")]
+    pub node_ports: Option<String>,
     /// PEM file with the CA of the API server's kubelet client certificate; without it the ConfigMap
     /// kube-system/extension-apiserver-authentication is read
     #[arg(long, env = "SKERRY_KUBELET_CLIENT_CA", value_name = "FILE")]
@@ -76,6 +81,8 @@ pub struct Config {
     pub link_address: Vec<String>,
     /// See [`Settings::kubelet_listen`].
     pub kubelet_listen: SocketAddr,
+    /// See [`Settings::node_ports`].
+    pub node_ports: Option<RangeInclusive<u16>>,
     /// See [`Settings::kubelet_client_ca`].
     pub kubelet_client_ca: Option<PathBuf>,
     /// See [`Settings::node_address`]; checked by [`Config::published_address`].
@@ -113,6 +120,7 @@ impl Settings {
                 self.link_address
             },
             kubelet_listen: self.kubelet_listen.or(file.kubelet_listen),
+            node_ports: self.node_ports.or(file.node_ports),
             kubelet_client_ca: self.kubelet_client_ca.or(file.kubelet_client_ca),
             node_address: self.node_address.or(file.node_address),
             metrics_listen: self.metrics_listen.or(file.metrics_listen),
@@ -143,6 +151,7 @@ impl Settings {
             link_listen: self.link_listen.unwrap_or(any(10443)),
             link_address: self.link_address,
             kubelet_listen: self.kubelet_listen.unwrap_or(any(10250)),
+            node_ports: node_ports(self.node_ports.as_deref().unwrap_or("20000-29999"))?,
             kubelet_client_ca: self.kubelet_client_ca,
             node_address: self.node_address,
             metrics_listen: self.metrics_listen.unwrap_or(any(9440)),
@@ -154,6 +163,22 @@ impl Settings {
                 .map_err(|e| ConfigError::Value(format!("log-format: {e}")))?,
         })
     }
+}
+
+fn node_ports(text: &str) -> Result<Option<RangeInclusive<u16>>, ConfigError> {
+    if text == "none" {
+        return Ok(None);
+    }
+    let read = || {
+        let (first, last) = text.split_once('-')?;
+        let (first, last) = (
+            first.trim().parse::<u16>().ok()?,
+            last.trim().parse::<u16>().ok()?,
+        );
+        (first > 0 && first <= last).then_some(first..=last)
+    };
+    let wrong = || ConfigError::Value(format!("node-ports {text:?} must be FIRST-LAST, or none"));
+    read().map(Some).ok_or_else(wrong)
 }
 
 impl Config {
@@ -191,6 +216,15 @@ mod tests {
         assert_eq!(config.namespace, "flag");
         assert_eq!(config.trust_domain.as_str(), "file.example");
         assert_eq!(config.link_listen.port(), 10443);
+    }
+
+    #[test]
+    fn node_ports_are_a_range_or_none() {
+        assert_eq!(node_ports("20000-20010").unwrap(), Some(20000..=20010));
+        assert_eq!(node_ports("none").unwrap(), None);
+        for wrong in ["", "5", "0-9", "9-5", "1-70000", "a-b"] {
+            assert!(node_ports(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -38,6 +38,9 @@ pub struct Metrics {
     /// What `/metrics` shows.
     pub registry: Arc<Mutex<Registry>>,
     node_status: Family<SiteLabels, Gauge>,
+    tunnels: Family<SiteLabels, Gauge>,
+    serving_by_cluster: Gauge,
+    serving_expiry: Gauge,
     requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
     certificates: Family<CertificateLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
     /// Sessions begun since the start.
@@ -59,6 +62,23 @@ impl Metrics {
             "kubeedge_edge_node_status",
             "1 while the site's link is up, 0 while it is not",
             node_status.clone(),
+        );
+        let (serving_by_cluster, serving_expiry) = (Gauge::default(), Gauge::default());
+        registry.register(
+            "skerry_kubelet_certificate_by_cluster",
+            "1 while the kubelet API shows a certificate of the cluster's signer, 0 while one of Skerry's own CA",
+            serving_by_cluster.clone(),
+        );
+        registry.register(
+            "skerry_kubelet_certificate_by_cluster_expiry_timestamp_seconds",
+            "When that certificate expires, seconds since 1970; 0 when there is none",
+            serving_expiry.clone(),
+        );
+        let tunnels = Family::<SiteLabels, Gauge>::default();
+        registry.register(
+            "skerry_tunnels",
+            "Streams that are open to the site; sites without any are not shown",
+            tunnels.clone(),
         );
         let requests: Family<RequestLabels, Histogram, fn() -> Histogram> =
             Family::new_with_constructor(|| Histogram::new(BUCKETS));
@@ -82,6 +102,9 @@ impl Metrics {
         Self {
             registry: Arc::new(Mutex::new(registry)),
             node_status,
+            tunnels,
+            serving_by_cluster,
+            serving_expiry,
             requests,
             certificates,
             sessions,
@@ -95,6 +118,26 @@ impl Metrics {
                 node: site.to_string(),
             })
             .set(i64::from(online));
+    }
+
+    /// Notes whether the kubelet API shows a certificate of the cluster's signer, and until when it is good.
+    pub fn set_serving_by_cluster(&self, not_after: Option<jiff::Timestamp>) {
+        self.serving_by_cluster.set(i64::from(not_after.is_some()));
+        self.serving_expiry
+            .set(not_after.map_or(0, jiff::Timestamp::as_second));
+    }
+
+    /// Notes how many streams are open, by site.
+    pub fn set_tunnels(&self, open: impl IntoIterator<Item = (SiteName, usize)>) {
+        self.tunnels.clear();
+        for (site, count) in open {
+            let labels = SiteLabels {
+                node: site.to_string(),
+            };
+            self.tunnels
+                .get_or_create(&labels)
+                .set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     /// Drops what was said of a site that was deleted.

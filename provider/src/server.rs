@@ -11,7 +11,9 @@ use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use rustls::RootCertStore;
 use skerry_proto::SiteName;
-use skerry_proto::limits::MAX_MESSAGE_BYTES;
+use skerry_proto::limits::{
+    LINK_CONNECTION_WINDOW, LINK_STREAM_WINDOW, MAX_MESSAGE_BYTES, MAX_TUNNELS_PER_SITE,
+};
 use skerry_proto::link::enrolment_server::EnrolmentServer;
 use skerry_proto::link::link_server::LinkServer;
 use skerry_proto::link::{Report, report};
@@ -25,7 +27,10 @@ use tower::ServiceBuilder;
 use crate::cluster::{self, Mirror};
 use crate::config::{Config, ConfigError};
 use crate::devices;
-use crate::kubelet::{self, KubeReviews, KubeletDeps, KubeletServer, PodDirectory, PodLocation};
+use crate::kubelet::ports::NodePorts;
+use crate::kubelet::{
+    self, ClusterIssuer, KubeReviews, KubeletDeps, KubeletServer, NodeDirectory, PodDirectory, PodLocation,
+};
 use crate::link::reports::{Outcome, ReportSink, Reports};
 use crate::link::sessions::Sessions;
 use crate::link::tunnels::Tunnels;
@@ -140,6 +145,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         ip: config.published_address()?,
         port: config.kubelet_listen.port(),
     };
+    let (ports, listeners) = NodePorts::new(
+        config.kubelet_listen.ip(),
+        address.port,
+        config.node_ports.clone(),
+    );
+    let ports = Arc::new(ports);
     let metrics = Arc::new(Metrics::new());
     let client = client(config.kubeconfig.as_deref(), Some(Arc::clone(&metrics))).await?;
     let authority = Authority::load_or_create(&client, &config.namespace, &config.trust_domain).await?;
@@ -153,10 +164,27 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     let names = names(&config, &address);
     let link_tls = authority.link_tls(names.clone(), stop.clone())?;
     let client_ca = client_ca(&config, &client).await?;
-    let kubelet_tls = authority.kubelet_tls(names, client_ca, stop.clone())?;
+    // The signer for kubelets takes no names that are only of this machine.
+    let kubelet_names = Names {
+        dns: names
+            .dns
+            .iter()
+            .filter(|name| *name != "localhost")
+            .cloned()
+            .collect(),
+        ips: names.ips.iter().filter(|ip| !ip.is_loopback()).copied().collect(),
+    };
+    let own_tls = authority.kubelet_tls(names, client_ca.clone(), stop.clone())?;
+    let kubelet_tls = if kubelet_names.ips.is_empty() {
+        own_tls
+    } else {
+        let issuer = ClusterIssuer::new(client.clone(), &config.namespace, kubelet_names);
+        let metrics = Arc::clone(&metrics);
+        kubelet::serving::serve(Arc::new(issuer), client_ca, own_tls, metrics, stop.clone())
+    };
     let (metrics_address, metrics_task) = skerry_telemetry::http::serve(
         config.metrics_listen,
-        endpoints(&mirror, &metrics, &authority),
+        endpoints(&mirror, &metrics, &authority, &tunnels),
         stop.clone(),
     )
     .await?;
@@ -167,6 +195,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         client: client.clone(),
         mirror: Arc::clone(&mirror),
         address,
+        ports: Arc::clone(&ports),
     };
     let link_deps = Arc::new(LinkDeps {
         client: client.clone(),
@@ -190,10 +219,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     });
     let kubelet_deps = KubeletDeps {
         pods: Arc::new(Directory(Arc::clone(&mirror))),
+        nodes: Arc::new(Directory(Arc::clone(&mirror))),
+        listeners,
         tunnels,
         reviews: Arc::new(KubeReviews::new(client.clone())),
     };
     let mut rooms = JoinSet::new();
+    rooms.spawn(kubelet::ports::run(ports, Arc::clone(&mirror), stop.clone()));
     rooms.spawn(cluster::run(client.clone(), mirror, stop.clone()));
     rooms.spawn(node::run(node_deps, stop.clone()));
     rooms.spawn(devices::run(client.clone(), stop.clone()));
@@ -211,6 +243,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     let server = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(config.heartbeat * 2))
         .http2_keepalive_timeout(Some(config.deadline))
+        .initial_stream_window_size(LINK_STREAM_WINDOW)
+        .initial_connection_window_size(LINK_CONNECTION_WINDOW)
+        // Every tunnel is a stream, and so is the session itself.
+        .max_concurrent_streams(u32::try_from(MAX_TUNNELS_PER_SITE + 64).ok())
         .add_service(EnrolmentServer::new(enrolment))
         .add_service(
             LinkServer::new(LinkService::new(link_deps))
@@ -278,7 +314,13 @@ async fn client_ca(config: &Config, client: &Client) -> Result<Option<RootCertSt
     kubelet::parse_bundle(&pem).map(Some).map_err(|e| wrong(&e))
 }
 
-fn endpoints(mirror: &Arc<Mirror>, metrics: &Arc<Metrics>, authority: &Authority) -> Endpoints {
+fn endpoints(
+    mirror: &Arc<Mirror>,
+    metrics: &Arc<Metrics>,
+    authority: &Authority,
+    tunnels: &Tunnels,
+) -> Endpoints {
+    let tunnels = tunnels.clone();
     let (mirror, shown) = (Arc::clone(mirror), Arc::clone(metrics));
     let ca = authority.not_after();
     Endpoints {
@@ -291,6 +333,7 @@ fn endpoints(mirror: &Arc<Mirror>, metrics: &Arc<Metrics>, authority: &Authority
             }
         }),
         refresh: Arc::new(move || {
+            shown.set_tunnels(tunnels.by_site());
             shown.set_certificate("ca", ca.as_second() - Timestamp::now().as_second());
         }),
     }
@@ -325,6 +368,7 @@ struct Sink {
     client: Client,
     mirror: Arc<Mirror>,
     address: KubeletAddress,
+    ports: Arc<NodePorts>,
 }
 
 #[tonic::async_trait]
@@ -335,7 +379,11 @@ impl ReportSink for Sink {
                 pods::status::apply(&self.client, &self.mirror, site, status).await
             }
             Some(report::Report::NodeStatus(status)) => {
-                node::status::apply(&self.client, &self.mirror, &self.address, site, status).await
+                let address = KubeletAddress {
+                    port: kubelet::ports::port_of(&self.ports, &self.mirror, site),
+                    ..self.address.clone()
+                };
+                node::status::apply(&self.client, &self.mirror, &address, site, status).await
             }
             Some(report::Report::Event(event)) => pods::events::apply(&self.client, site, event).await,
             Some(report::Report::DeviceStatus(status)) => {
@@ -348,6 +396,13 @@ impl ReportSink for Sink {
 
 /// Finds pods for the kubelet API in the mirror.
 struct Directory(Arc<Mirror>);
+
+impl NodeDirectory for Directory {
+    fn pods(&self, site: &SiteName) -> Vec<serde_json::Value> {
+        let pods = self.0.pods_of(site);
+        pods.iter().map(|pod| pod.value.clone()).collect()
+    }
+}
 
 impl PodDirectory for Directory {
     fn locate(&self, namespace: &str, pod: &str) -> Option<PodLocation> {

@@ -3,9 +3,11 @@
 //! * [`config`]: the configuration file;
 //! * [`logging`]: one line per event, plain or JSON, level by `SKERRY_LOG` (an `EnvFilter` directive);
 //! * [`shutdown`]: SIGTERM and SIGINT as a cancellation token;
+//! * [`exposition`]: Prometheus' text format, for metrics that no registry holds;
 //! * [`http`]: a small HTTP server for `/healthz`, `/readyz` and `/metrics`.
 
 pub mod config;
+pub mod exposition;
 pub mod http;
 pub mod logging;
 pub mod shutdown;

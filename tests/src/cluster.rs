@@ -129,8 +129,16 @@ impl Cluster {
 
     /// The provider acts as its own ServiceAccount, so that a missing permission shows.
     fn write_provider_kubeconfig(&self) {
-        let system = self.kubectl.in_namespace("skerry-system");
-        let token = system.run(&["create", "token", "skerry-provider", "--duration", "24h"]);
+        self.write_kubeconfig("skerry-system", "skerry-provider", &self.provider_kubeconfig());
+    }
+
+    /// Writes a kubeconfig by which a program acts as a ServiceAccount.
+    ///
+    /// # Panics
+    /// When there is no such ServiceAccount.
+    pub fn write_kubeconfig(&self, namespace: &str, account: &str, file: &Path) {
+        let kubectl = self.kubectl.in_namespace(namespace);
+        let token = kubectl.run(&["create", "token", account, "--duration", "24h"]);
         let server = self
             .kubectl
             .run(&["config", "view", "-o", "jsonpath={.clusters[0].cluster.server}"]);
@@ -143,7 +151,7 @@ impl Cluster {
             path(&ca),
             token.trim()
         );
-        std::fs::write(self.provider_kubeconfig(), text).expect("the kubeconfig can be written");
+        std::fs::write(file, text).expect("the kubeconfig can be written");
     }
 
     /// `kill -9` of the provider.
@@ -167,7 +175,7 @@ impl Cluster {
     /// # Panics
     /// When it does not become ready.
     pub fn start_provider(&mut self) {
-        let node_address = node_address();
+        let node_address = make_node_address();
         let kubelet = SocketAddr::new(node_address, free_port());
         let mut command = Command::new(workspace_binary("skerry-provider"));
         command
@@ -232,7 +240,16 @@ fn remove_interface() {
     }
 }
 
-fn node_address() -> IpAddr {
+/// The address that every Node shows.
+pub fn node_address() -> IpAddr {
+    IpAddr::V4(if is_root() {
+        INTERFACE_ADDRESS
+    } else {
+        Ipv4Addr::LOCALHOST
+    })
+}
+
+fn make_node_address() -> IpAddr {
     if !is_root() {
         return IpAddr::V4(Ipv4Addr::LOCALHOST);
     }

@@ -11,6 +11,7 @@ pub mod churn;
 pub mod cluster;
 pub mod containerd;
 pub mod kubectl;
+pub mod metrics_server;
 pub mod modbus;
 pub mod namespace;
 pub mod pods;

@@ -218,6 +218,14 @@ impl Site {
         http_get(self.metrics, path)
     }
 
+    /// Number of the daemon's process.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn pid(&self) -> u32 {
+        self.edge.as_ref().expect("the daemon runs").pid()
+    }
+
     /// The last lines that the daemon has logged.
     pub fn log_tail(&self) -> String {
         self.edge.as_ref().map(Daemon::log_tail).unwrap_or_default()

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use skerry_proto::limits::{LINK_CONNECTION_WINDOW, LINK_STREAM_WINDOW};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
@@ -74,6 +75,9 @@ pub(super) async fn connect(provider: &str, config: Arc<ClientConfig>) -> Result
     Endpoint::from_static("http://provider.skerry")
         .http2_keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(15))
+        // A stream whose reader has stopped holds its own window only: the connection's has room for all.
+        .initial_stream_window_size(LINK_STREAM_WINDOW)
+        .initial_connection_window_size(LINK_CONNECTION_WINDOW)
         .connect_with_connector(connector)
         .await
         .map_err(|e| format!("the provider at {provider} does not speak the link's protocol: {e}"))

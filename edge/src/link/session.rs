@@ -75,7 +75,12 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
                     }
                     Some(cloud_control::Message::OpenTunnel(order)) => {
                         let (streams, session) = (Arc::clone(&link.streams), welcome.session.clone());
-                        tunnels.spawn(serve(client.clone(), streams, session, order, to_control.clone()));
+                        let open = link.metrics.tunnel();
+                        let serving = serve(client.clone(), streams, session, order, to_control.clone());
+                        tunnels.spawn(async move {
+                            serving.await;
+                            drop(open);
+                        });
                     }
                     Some(cloud_control::Message::Goodbye(bye)) => return Err(SessionError::Goodbye {
                         reason: bye.reason,

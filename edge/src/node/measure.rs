@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::eviction::{Observation, Observations, Signal};
 
 /// The Kubernetes release whose kubelet this one behaves like.
-const KUBELET_VERSION: &str = concat!("v1.36.3-skerry.", env!("CARGO_PKG_VERSION"));
+pub(crate) const KUBELET_VERSION: &str = concat!("v1.36.3-skerry.", env!("CARGO_PKG_VERSION"));
 
 /// One look at the machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

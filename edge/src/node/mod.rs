@@ -24,6 +24,7 @@ use crate::link::LinkStatus;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::store::{NewReport, Store};
 pub use capacity::{Reserved, Shares};
+pub(crate) use measure::KUBELET_VERSION;
 use measure::Machine;
 pub(crate) use measure::architecture;
 

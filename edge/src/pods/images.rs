@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 
 use super::backoff::Backoff;
 use super::events::{Events, Level};
+use super::starts::Starts;
 use super::status::Waiting;
 use crate::clock::Clock;
 use crate::runtime::{RegistryAuth, Runtime};
@@ -49,6 +50,7 @@ pub(crate) struct Images {
     events: Events,
     clock: Arc<dyn Clock>,
     slots: Arc<Semaphore>,
+    starts: Starts,
     pulls: Arc<Mutex<HashMap<(String, String), Pull>>>,
 }
 
@@ -68,12 +70,14 @@ impl Images {
         events: Events,
         clock: Arc<dyn Clock>,
         parallel: usize,
+        starts: Starts,
     ) -> Self {
         Self {
             runtime,
             events,
             clock,
             slots: Arc::new(Semaphore::new(parallel.max(1))),
+            starts,
             pulls: Arc::default(),
         }
     }
@@ -212,12 +216,14 @@ impl Images {
             request.auths,
             request.wake,
         );
+        let starts = self.starts.clone();
         tokio::spawn(async move {
             let asked = tokio::time::Instant::now();
             let slot = slots.acquire().await;
             let began = tokio::time::Instant::now();
             let result = pull(runtime.as_ref(), &image, &auths).await;
             drop(slot);
+            starts.pulled(&key.0, asked.elapsed());
             let size = match &result {
                 Ok(_) => runtime
                     .image_status(&image)

@@ -28,7 +28,7 @@ mod env;
 mod ephemeral;
 mod events;
 #[cfg(test)]
-mod fixtures;
+pub(crate) mod fixtures;
 mod groups;
 mod hooks;
 mod httpget;
@@ -46,6 +46,7 @@ mod resize;
 mod resources;
 mod restart_all;
 mod security;
+mod starts;
 mod status;
 mod teardown;
 mod tell;
@@ -75,6 +76,7 @@ use images::Images;
 use ledger::{Ledger, Nudge};
 pub use probes::ProbeMetrics;
 use record::PodRecord;
+pub use starts::Starts;
 use worker::{Orders, Shared, Worker};
 
 pub use dead::DeadPolicy;
@@ -178,11 +180,13 @@ impl Pods {
     /// Prepares the lifecycle; nothing runs before [`Pods::run`].
     pub fn new(config: PodsConfig, store: Store, runtime: Arc<dyn Runtime>, clock: Arc<dyn Clock>) -> Self {
         let events = Events::new(store.clone(), clock.clone());
+        let starts = Starts::default();
         let images = Images::new(
             runtime.clone(),
             events.clone(),
             clock.clone(),
             config.parallel_pulls,
+            starts.clone(),
         );
         let user_ranges = security::UserRanges::load(store.clone());
         let (ledger, nudges) = Ledger::new();
@@ -200,12 +204,18 @@ impl Pods {
             user_ranges,
             probes: Arc::default(),
             phases: Mutex::default(),
+            starts,
             summary: watch::Sender::new(Summary::default()),
             report_round: watch::Sender::new(0),
         };
         Self {
             shared: Arc::new(shared),
         }
+    }
+
+    /// How long pods take to start.
+    pub fn starts(&self) -> &Starts {
+        &self.shared.starts
     }
 
     /// The site's pods in numbers, from now on.

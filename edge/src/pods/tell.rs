@@ -110,7 +110,7 @@ impl Worker {
         // Through JSON, so that it compares equal to what was stored.
         let json = serde_json::to_vec(&status::build(pod, &self.record, &context)).unwrap_or_default();
         let status: k8s_openapi::api::core::v1::PodStatus = serde_json::from_slice(&json).unwrap_or_default();
-        self.note_phase(status.phase.clone().unwrap_or_default());
+        self.note_phase(pod, status.phase.clone().unwrap_or_default());
         let round = *self.shared.report_round.borrow();
         let asked = round != self.reported_in;
         if !asked && self.record.status.as_ref() == Some(&status) && (!finished || self.record.finished) {
@@ -138,10 +138,13 @@ impl Worker {
         self.save()
     }
 
-    fn note_phase(&self, phase: String) {
+    fn note_phase(&self, pod: &Pod, phase: String) {
         let mut phases = self.shared.phases.lock().unwrap_or_else(PoisonError::into_inner);
         let old = phases.insert(self.uid.clone(), phase.clone());
         drop(phases);
+        self.shared
+            .starts
+            .phase(pod, old.as_deref(), &phase, self.shared.clock.now());
         if old.as_deref() != Some(phase.as_str()) {
             self.count_phases();
         }

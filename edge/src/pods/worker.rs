@@ -49,6 +49,8 @@ pub(super) struct Shared {
     /// Ids of the pods with user namespaces.
     pub(super) user_ranges: UserRanges,
     pub(super) probes: Arc<ProbeMetrics>,
+    /// How long pods take to start.
+    pub(super) starts: super::Starts,
     /// Phase by UID.
     pub(super) phases: Mutex<HashMap<Uid, String>>,
     pub(super) summary: watch::Sender<Summary>,
@@ -180,6 +182,7 @@ impl Worker {
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&self.uid);
         self.shared.probes.forget(self.uid.as_str());
+        self.shared.starts.forget(self.uid.as_str());
         self.count_phases();
     }
 

@@ -541,6 +541,8 @@ pub enum StreamEndpoint {
     Url(String),
     /// A process with plain pipes or a terminal: the daemon speaks the client's protocol (SPDY or WebSocket) itself.
     Process(StreamedProcess),
+    /// For a port-forward: the pod's ports are the host's own, on its loopback addresses.
+    Host,
 }
 
 /// A process whose streams the daemon connects to a client. Dropping it kills the process.

@@ -250,6 +250,8 @@ pub(super) fn psi(text: &str) -> Option<Psi> {
 }
 
 /// Processor time (nanoseconds), resident memory (bytes) and number of the descendants of `ancestor`, itself left out.
+///
+/// The time of those that have ended counts on, as far as somebody has waited for them, so that the sum never shrinks.
 pub(super) fn tree(ancestor: i32) -> (u64, u64, u64) {
     let page = page_bytes();
     let pids = fs::read_dir("/proc").into_iter().flatten();
@@ -268,7 +270,8 @@ pub(super) fn tree(ancestor: i32) -> (u64, u64, u64) {
         }
         false
     };
-    let mut sum = (0, 0, 0);
+    let reaped = all.get(&ancestor).map_or(0, |process| process.reaped_ticks);
+    let mut sum = (reaped * (1_000_000_000 / TICKS), 0, 0);
     for (_, process) in all.iter().filter(|(pid, _)| descends(**pid)) {
         sum.0 += process.ticks * (1_000_000_000 / TICKS);
         sum.1 += process.resident_pages * page;
@@ -297,6 +300,8 @@ struct Process {
     parent: i32,
     /// Its own time and that of its dead children.
     ticks: u64,
+    /// Of its dead children alone.
+    reaped_ticks: u64,
     resident_pages: u64,
 }
 
@@ -308,6 +313,7 @@ fn process(stat: &str) -> Option<Process> {
     Some(Process {
         parent: fields.get(1)?.parse().ok()?,
         ticks: number(11)? + number(12)? + number(13)? + number(14)?,
+        reaped_ticks: number(13)? + number(14)?,
         resident_pages: number(21)?,
     })
 }

@@ -5,6 +5,8 @@
 //!
 //! * [`select`] finds the container that is meant, [`logs`] reads its file, [`lines`] the file's format;
 //! * [`relay`] replays the client's upgrade request to the runtime's own streaming server and copies bytes;
+//! * [`query`] answers a question about the node, or runs a command to its end;
+//! * [`forward`] connects ports of the host, for pods that have its network;
 //! * where the runtime has no such server, [`process`] connects a process's pipes and [`spdy`] or [`websocket`]
 //!   speaks the client's protocol.
 //!
@@ -12,9 +14,11 @@
 //! for without a limit.
 
 mod follow;
+mod forward;
 mod lines;
 mod logs;
 mod process;
+mod query;
 mod relay;
 mod select;
 mod spdy;
@@ -29,6 +33,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use k8s_openapi::api::core::v1::Pod;
 use skerry_proto::link::open_tunnel::Target;
+use skerry_proto::link::query_target::What;
 use skerry_proto::link::stream_target::Verb;
 use skerry_proto::link::{Header, StreamTarget, TunnelError, TunnelFrame, TunnelReady, tunnel_frame::Frame};
 use tokio::sync::mpsc;
@@ -39,6 +44,13 @@ use crate::runtime::{ExecRequest, Runtime, RuntimeError, StreamEndpoint};
 pub trait PodLookup: Send + Sync {
     /// The pod as the store has it, with the newest status that is known.
     fn pod(&self, namespace: &str, name: &str) -> Option<Pod>;
+}
+
+/// Answers questions about the whole node.
+#[async_trait::async_trait]
+pub trait Queries: Send + Sync {
+    /// The answer, compressed as [`skerry_proto::object::compress`] does.
+    async fn answer(&self, what: What) -> Result<Vec<u8>, StreamError>;
 }
 
 /// Why a tunnel cannot be served: an HTTP status and words for the person who asked.
@@ -87,6 +99,7 @@ pub struct Streams {
     runtime: Arc<dyn Runtime>,
     pods: Arc<dyn PodLookup>,
     log_root: PathBuf,
+    queries: Option<Arc<dyn Queries>>,
 }
 
 /// The edge's end of one tunnel.
@@ -124,7 +137,14 @@ impl Streams {
             runtime,
             pods,
             log_root,
+            queries: None,
         }
+    }
+
+    /// The same with answers about the node.
+    pub fn answering(mut self, queries: Arc<dyn Queries>) -> Self {
+        self.queries = Some(queries);
+        self
     }
 
     /// Serves one tunnel to its end: sends `TunnelReady` or `TunnelError`, then data.
@@ -139,6 +159,7 @@ impl Streams {
             match target {
                 Target::Logs(target) => logs::serve(self, &target, wire).await,
                 Target::Stream(target) => self.stream(target, wire).await,
+                Target::Query(target) => query::serve(self, &target, wire).await,
             }
         };
         tokio::select! {
@@ -152,7 +173,7 @@ impl Streams {
     }
 
     async fn stream(&self, target: StreamTarget, wire: Wire) -> Result<(), StreamError> {
-        let pod = select::pod(&*self.pods, &target)?;
+        let pod = select::pod(&*self.pods, &target.namespace, &target.pod, &target.uid)?;
         let inventory = self.runtime.list().await?;
         let request = ExecRequest {
             command: target.command.clone(),
@@ -191,6 +212,7 @@ impl Streams {
         };
         match endpoint {
             StreamEndpoint::Url(url) => relay::serve(&url, &target, wire).await,
+            StreamEndpoint::Host => forward::serve(&target, wire).await,
             StreamEndpoint::Process(process) => process::serve(process, &request, &target, wire).await,
         }
     }

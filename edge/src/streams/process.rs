@@ -62,10 +62,6 @@ pub(super) async fn serve(
     target: &StreamTarget,
     wire: Wire,
 ) -> Result<(), StreamError> {
-    if target.verb() == Verb::PortForward {
-        let message = "port-forward to a process is not served: connect to its port on the site";
-        return Err(StreamError::new(StatusCode::NOT_IMPLEMENTED, message));
-    }
     let attach = target.verb() == Verb::Attach;
     match header(&target.headers, "upgrade")
         .map(str::to_ascii_lowercase)

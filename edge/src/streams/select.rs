@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
-use skerry_proto::link::{LogsTarget, StreamTarget};
+use skerry_proto::link::LogsTarget;
 
 use super::{PodLookup, StreamError};
 use crate::runtime::{Container, ContainerId, ContainerState, Inventory, Sandbox, SandboxState};
 
-/// The pod of an exec, attach or port-forward; a UID that was given must match.
-pub(super) fn pod(pods: &dyn PodLookup, target: &StreamTarget) -> Result<Pod, StreamError> {
-    pods.pod(&target.namespace, &target.pod)
-        .filter(|pod| target.uid.is_empty() || pod.metadata.uid.as_deref() == Some(&target.uid))
+/// The pod that is meant; a UID that was given must match.
+pub(super) fn pod(pods: &dyn PodLookup, namespace: &str, name: &str, uid: &str) -> Result<Pod, StreamError> {
+    pods.pod(namespace, name)
+        .filter(|pod| uid.is_empty() || pod.metadata.uid.as_deref() == Some(uid))
         .ok_or_else(|| StreamError::not_found("pod does not exist"))
 }
 

@@ -1,8 +1,11 @@
-//! The server side of the WebSocket protocols of exec and attach: one channel byte, then the payload.
+//! The server side of the WebSocket protocols of exec and attach, and in [`forward`] of port-forward: one channel byte,
+//! then the payload.
 //!
 //! Channels: 0 stdin, 1 stdout, 2 stderr, 3 outcome, 4 resize; `v5` adds the message `[255, n]`, the end of channel
 //! n. The `base64` variants have an ASCII digit and base64 text in text messages. Source: Kubernetes,
 //! `k8s.io/apimachinery/pkg/util/remotecommand` and `k8s.io/streaming`.
+
+pub(super) mod forward;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -82,6 +85,15 @@ pub(super) async fn serve(
     {
         return Ok(());
     }
+    session(wire, |socket| {
+        serve_socket(process, request, attach, protocol, socket)
+    })
+    .await;
+    Ok(())
+}
+
+/// Runs `serve` on a WebSocket whose bytes are those of the tunnel.
+async fn session<S: Future<Output = ()>>(wire: Wire, serve: impl FnOnce(Socket) -> S) {
     let Wire { incoming, out } = wire;
     let (ours, theirs) = tokio::io::duplex(TUNNEL_CHUNK_BYTES);
     let (from_socket, to_socket) = tokio::io::split(theirs);
@@ -90,7 +102,7 @@ pub(super) async fn serve(
             .max_message_size(Some(MAX_MESSAGE_BYTES))
             .max_frame_size(Some(MAX_MESSAGE_BYTES));
         let socket = WebSocketStream::from_raw_socket(ours, Role::Server, Some(config)).await;
-        serve_socket(process, request, attach, protocol, socket).await;
+        serve(socket).await;
     };
     // The session drops its end of the pipe, which ends `upwards` after the last byte; `downwards` then has no reader.
     let up = async { tokio::join!(session, upwards(from_socket, out)) };
@@ -98,7 +110,6 @@ pub(super) async fn serve(
         _ = up => {}
         () = downwards(incoming, to_socket) => {}
     }
-    Ok(())
 }
 
 fn handshake(target: &StreamTarget) -> Result<(Protocol, Vec<Header>), StreamError> {
@@ -198,18 +209,22 @@ async fn read(mut stream: SplitStream<Socket>, protocol: Protocol, to_process: m
     }
 }
 
-fn decode(protocol: Protocol, mut message: Bytes, resizes: &mut Resizes) -> Vec<FromClient> {
+/// Channel and payload of a message; `None` when it is malformed.
+fn split(protocol: Protocol, mut message: Bytes) -> Option<(u8, Bytes)> {
     if message.is_empty() {
-        return Vec::new();
+        return None;
     }
     let channel = message.split_to(1)[0];
-    let (channel, payload) = if protocol.base64 {
-        match STANDARD.decode(&message) {
-            Ok(payload) => (channel.wrapping_sub(b'0'), Bytes::from(payload)),
-            Err(_) => return Vec::new(),
-        }
-    } else {
-        (channel, message)
+    if !protocol.base64 {
+        return Some((channel, message));
+    }
+    let payload = STANDARD.decode(&message).ok()?;
+    Some((channel.wrapping_sub(b'0'), Bytes::from(payload)))
+}
+
+fn decode(protocol: Protocol, message: Bytes, resizes: &mut Resizes) -> Vec<FromClient> {
+    let Some((channel, payload)) = split(protocol, message) else {
+        return Vec::new();
     };
     match channel {
         STDIN if !payload.is_empty() => vec![FromClient::Stdin(payload)],
@@ -243,12 +258,16 @@ async fn write(
             return;
         }
     }
-    // Go's client takes any other close for a failure. It may be gone already.
-    let normal = CloseFrame {
+    // It may be gone already.
+    let _ = sink.send(normal_close()).await;
+}
+
+/// Go's client takes any other close for a failure.
+fn normal_close() -> Message {
+    Message::Close(Some(CloseFrame {
         code: CloseCode::Normal,
         reason: "".into(),
-    };
-    let _ = sink.send(Message::Close(Some(normal))).await;
+    }))
 }
 
 fn encode(protocol: Protocol, channel: u8, payload: &[u8]) -> Message {

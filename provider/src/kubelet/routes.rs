@@ -1,6 +1,7 @@
 //! Reads paths and queries as a kubelet does.
 
 use http::{HeaderMap, Method, StatusCode, Uri, header};
+use skerry_proto::SiteName;
 use skerry_proto::link::{Header, LogsTarget, StreamTarget, stream_target::Verb};
 
 use super::PodLocation;
@@ -33,8 +34,52 @@ pub(super) enum Route {
     Logs(PodPath),
     /// `/exec`, `/attach` or `/portForward`.
     Stream(Verb, PodPath),
+    /// `/run/{namespace}/{pod}[/{uid}]/{container}`.
+    Run(PodPath),
+    /// `/checkpoint/{namespace}/{pod}/{container}`.
+    Checkpoint(PodPath),
+    /// Something about the node as a whole.
+    Node(NodePath),
     /// Anything else.
     Unknown,
+}
+
+/// A path that names no pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NodePath {
+    /// `/pods`.
+    Pods,
+    /// `/runningpods/`.
+    RunningPods,
+    /// `/stats/summary`.
+    StatsSummary,
+    /// `/metrics`.
+    Metrics,
+    /// `/metrics/resource`.
+    MetricsResource,
+    /// `/metrics/cadvisor`.
+    MetricsCadvisor,
+    /// `/metrics/probes`.
+    MetricsProbes,
+    /// `/metrics/slis`.
+    MetricsSlis,
+    /// `/configz`.
+    Configz,
+    /// `/logs/` and below.
+    Logs,
+}
+
+/// Splits `/nodes/{name}/...` into the node and the path that is meant; any other path is its own.
+pub(super) fn split_node(path: &str) -> (Option<SiteName>, &str) {
+    let split = || {
+        let rest = path.strip_prefix("/nodes/")?;
+        let end = rest.find('/')?;
+        Some((rest[..end].parse().ok()?, &rest[end..]))
+    };
+    match split() {
+        Some((node, rest)) => (Some(node), rest),
+        None => (None, path),
+    }
 }
 
 /// What a pod path names. `uid` and `container` are empty where the path has none.
@@ -62,11 +107,31 @@ impl Route {
     pub(super) fn parse(path: &str) -> Self {
         // Names of Kubernetes objects need no escaping, so none is undone.
         let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+        match segments.as_slice() {
+            ["runningpods"] | ["runningpods", ""] => return Self::Node(NodePath::RunningPods),
+            ["logs", ..] => return Self::Node(NodePath::Logs),
+            _ => {}
+        }
         if segments.iter().skip(1).any(|segment| segment.is_empty()) {
             return Self::Unknown;
         }
         match segments.as_slice() {
             ["healthz"] | ["healthz", "ping" | "log" | "syncloop"] => Self::Health,
+            ["pods"] => Self::Node(NodePath::Pods),
+            ["stats"] | ["stats", "summary"] => Self::Node(NodePath::StatsSummary),
+            ["metrics"] => Self::Node(NodePath::Metrics),
+            ["metrics", "resource"] => Self::Node(NodePath::MetricsResource),
+            ["metrics", "cadvisor"] => Self::Node(NodePath::MetricsCadvisor),
+            ["metrics", "probes"] => Self::Node(NodePath::MetricsProbes),
+            ["metrics", "slis"] => Self::Node(NodePath::MetricsSlis),
+            ["configz"] => Self::Node(NodePath::Configz),
+            ["run", namespace, pod, container] => Self::Run(PodPath::new(namespace, pod, "", container)),
+            ["run", namespace, pod, uid, container] => {
+                Self::Run(PodPath::new(namespace, pod, uid, container))
+            }
+            ["checkpoint", namespace, pod, container] => {
+                Self::Checkpoint(PodPath::new(namespace, pod, "", container))
+            }
             ["containerLogs", namespace, pod, container] => {
                 Self::Logs(PodPath::new(namespace, pod, "", container))
             }
@@ -89,8 +154,8 @@ impl Route {
     /// The pod that the path names.
     pub(super) fn pod(&self) -> Option<&PodPath> {
         match self {
-            Self::Logs(path) | Self::Stream(_, path) => Some(path),
-            Self::Health | Self::Unknown => None,
+            Self::Logs(path) | Self::Stream(_, path) | Self::Run(path) | Self::Checkpoint(path) => Some(path),
+            Self::Health | Self::Node(_) | Self::Unknown => None,
         }
     }
 }
@@ -334,10 +399,29 @@ mod tests {
             ("/containerLogs/ns/p", Route::Unknown),
             ("/containerLogs/ns//c", Route::Unknown),
             ("/healthz/other", Route::Unknown),
-            ("/pods", Route::Unknown),
+            ("/pods", Route::Node(NodePath::Pods)),
+            ("/runningpods/", Route::Node(NodePath::RunningPods)),
+            ("/stats/summary", Route::Node(NodePath::StatsSummary)),
+            ("/metrics/resource", Route::Node(NodePath::MetricsResource)),
+            ("/logs/", Route::Node(NodePath::Logs)),
+            ("/run/ns/p/c", Route::Run(path())),
+            ("/checkpoint/ns/p/c", Route::Checkpoint(path())),
+            ("/metrics/other", Route::Unknown),
             ("/", Route::Unknown),
         ] {
             assert_eq!(Route::parse(text), route, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_path_may_name_its_node() {
+        let harbour = Some("harbour".parse().unwrap());
+        assert_eq!(
+            split_node("/nodes/harbour/metrics/resource"),
+            (harbour, "/metrics/resource")
+        );
+        for path in ["/metrics/resource", "/nodes/harbour", "/nodes/No_Name/pods", "/"] {
+            assert_eq!(split_node(path), (None, path));
         }
     }
 

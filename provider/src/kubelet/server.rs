@@ -12,24 +12,28 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
+use skerry_proto::SiteName;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::authn::{Authenticator, User, certificate_user};
 use super::authz::{Authorizer, forbidden, subresources, verb};
+use super::nodes::{NodeDirectory, Nodes};
+use super::ports::NodeListener;
 use super::reviews::Reviews;
-use super::routes::{self, Refusal, Route};
-use super::{PodDirectory, logs, upgrade};
+use super::routes::{self, PodPath, Refusal, Route};
+use super::{PodDirectory, PodLocation, logs, upgrade};
 use crate::link::tunnels::Tunnels;
 
 /// A body of any kind; an error cuts the connection.
 pub(super) type Body =
     http_body_util::combinators::UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
 
-const MAX_CONNECTIONS: usize = 4096;
+/// Scrapers keep a connection open to each node: an idle one costs some 30 KiB.
+const MAX_CONNECTIONS: usize = 32_768;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// For a request's head, idle time before it included: longer than the API server keeps idle connections (90 s), so
 /// that it is the one that closes them.
@@ -38,12 +42,18 @@ const HEAD_LIMIT: Duration = Duration::from_secs(100);
 const MAX_HEAD_BYTES: usize = 1024 * 1024;
 /// How long requests may take to end after the order to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// A kubelet's answer to who asks for too much.
+const RETRY_AFTER: header::HeaderValue = header::HeaderValue::from_static("60");
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the server needs.
 pub struct KubeletDeps {
     /// Finds pods.
     pub pods: Arc<dyn PodDirectory>,
+    /// Knows the pods of a node.
+    pub nodes: Arc<dyn NodeDirectory>,
+    /// Ports of single nodes, as they are given.
+    pub listeners: mpsc::UnboundedReceiver<NodeListener>,
     /// Opens streams to sites.
     pub tunnels: Tunnels,
     /// Authenticates and authorises, normally [`KubeReviews`](super::KubeReviews).
@@ -54,6 +64,7 @@ pub struct KubeletDeps {
 pub struct KubeletServer {
     pods: Arc<dyn PodDirectory>,
     tunnels: Tunnels,
+    nodes: Nodes,
     authenticator: Authenticator,
     authorizer: Authorizer,
     stop: CancellationToken,
@@ -70,28 +81,31 @@ impl KubeletServer {
     ) {
         let server = Arc::new(Self {
             pods: deps.pods,
+            nodes: Nodes::new(deps.tunnels.clone(), deps.nodes),
             tunnels: deps.tunnels,
             authenticator: Authenticator::new(deps.reviews.clone()),
             authorizer: Authorizer::new(deps.reviews),
             stop: stop.clone(),
         });
-        let connections = TaskTracker::new();
-        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let accepted = tokio::select! {
-                () = stop.cancelled() => break,
-                accepted = accept(&listener, &room) => accepted,
-            };
-            let Some((stream, permit)) = accepted else {
-                continue;
-            };
-            let config = tls.borrow().clone();
-            let server = server.clone();
-            connections.spawn(async move {
-                server.connection(stream, config).await;
-                drop(permit);
-            });
+        let door = Door {
+            server,
+            tls,
+            room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            connections: TaskTracker::new(),
+        };
+        let mut listeners = deps.listeners;
+        let more = async {
+            while let Some(one) = listeners.recv().await {
+                let door = door.clone();
+                tokio::spawn(async move { door.serve(one.listener, Some(one.site), one.stop).await });
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            () = door.serve(listener, None, stop) => {}
+            () = more => {}
         }
+        let connections = door.connections;
         connections.close();
         if tokio::time::timeout(STOP_LIMIT, connections.wait())
             .await
@@ -101,7 +115,12 @@ impl KubeletServer {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, config: Arc<ServerConfig>) {
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        config: Arc<ServerConfig>,
+        node: Option<SiteName>,
+    ) {
         let handshake = tokio::time::timeout(HANDSHAKE_LIMIT, TlsAcceptor::from(config).accept(stream));
         let stream = match handshake.await {
             Ok(Ok(stream)) => stream,
@@ -112,12 +131,15 @@ impl KubeletServer {
         };
         let certificates = stream.get_ref().1.peer_certificates();
         // TLS has verified it against the client CA, or would have ended.
-        let user = Arc::new(certificates.and_then(|chain| certificate_user(chain.first()?)));
+        let caller = Arc::new(Caller {
+            certificate: certificates.and_then(|chain| certificate_user(chain.first()?)),
+            node,
+        });
         let service = service_fn({
             let server = self.clone();
             move |request| {
-                let (server, user) = (server.clone(), user.clone());
-                async move { Ok::<_, Infallible>(server.answer(user.as_ref().as_ref(), request).await) }
+                let (server, caller) = (server.clone(), caller.clone());
+                async move { Ok::<_, Infallible>(server.answer(&caller, request).await) }
             }
         });
         let connection = http1::Builder::new()
@@ -142,19 +164,26 @@ impl KubeletServer {
         }
     }
 
-    async fn answer(&self, certificate: Option<&User>, mut request: Request<Incoming>) -> Response<Body> {
-        match self.serve_request(certificate, &mut request).await {
+    async fn answer(&self, caller: &Caller, mut request: Request<Incoming>) -> Response<Body> {
+        match self.serve_request(caller, &mut request).await {
             Ok(response) => response,
-            Err(refusal) => text(refusal.status, refusal.text),
+            Err(refusal) => {
+                let mut response = text(refusal.status, refusal.text);
+                if refusal.status == StatusCode::TOO_MANY_REQUESTS {
+                    response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+                }
+                response
+            }
         }
     }
 
     async fn serve_request(
         &self,
-        certificate: Option<&User>,
+        caller: &Caller,
         request: &mut Request<Incoming>,
     ) -> Result<Response<Body>, Refusal> {
         let unauthorized = || Refusal::new(StatusCode::UNAUTHORIZED, "Unauthorized");
+        let certificate = caller.certificate.as_ref();
         let user = match self.authenticator.user(certificate, request.headers()).await {
             Ok(user) => user.ok_or_else(unauthorized)?,
             Err(error) => {
@@ -162,24 +191,64 @@ impl KubeletServer {
                 return Err(unauthorized());
             }
         };
-        let path = request.uri().path().to_owned();
-        let route = Route::parse(&path);
+        let whole = request.uri().path().to_owned();
+        let (named, path) = routes::split_node(&whole);
+        let node = named.or_else(|| caller.node.clone());
+        let route = Route::parse(path);
+        // Seen from a node, pods of other nodes do not exist.
         let location = route
             .pod()
-            .and_then(|path| self.pods.locate(&path.namespace, &path.pod));
-        let node = location.as_ref().map_or("", |location| location.site.as_str());
-        self.authorise(&user, request.method(), node, &path).await?;
+            .and_then(|path| self.pods.locate(&path.namespace, &path.pod))
+            .filter(|location| node.as_ref().is_none_or(|node| *node == location.site));
+        let about = node.as_ref().or(location.as_ref().map(|location| &location.site));
+        let about = about.map_or("", |site| site.as_str());
+        self.authorise(&user, request.method(), about, path).await?;
         match route {
-            Route::Health => Ok(text(StatusCode::OK, "ok")),
+            Route::Health => {
+                if let Some(node) = &node {
+                    self.nodes.health(node).await?;
+                }
+                Ok(text(StatusCode::OK, "ok"))
+            }
             Route::Unknown => Err(Refusal::new(
                 StatusCode::NOT_FOUND,
                 format!("404 page not found: the kubelet API of Skerry does not serve {path}\n"),
             )),
+            Route::Node(path) => match node {
+                Some(node) => {
+                    self.nodes
+                        .serve(&node, path, request.method(), request.uri())
+                        .await
+                }
+                None => Err(no_node(&whole)),
+            },
+            route => self.serve_pod(route, location, request).await,
+        }
+    }
+
+    async fn serve_pod(
+        &self,
+        route: Route,
+        location: Option<PodLocation>,
+        request: &mut Request<Incoming>,
+    ) -> Result<Response<Body>, Refusal> {
+        match route {
             Route::Logs(_) if request.method() != Method::GET => Err(wrong_method("GET")),
             Route::Logs(path) => {
                 let target = routes::logs(request.uri(), &path)?;
                 let location = routes::check_pod(&path, location, true)?;
                 logs::serve(&self.tunnels, &location.site, target).await
+            }
+            Route::Run(_) | Route::Checkpoint(_) if request.method() != Method::POST => {
+                Err(wrong_method("POST"))
+            }
+            Route::Run(path) => {
+                let location = routes::check_pod(&path, location, false)?;
+                self.nodes.run(&location.site, &path, request.uri()).await
+            }
+            Route::Checkpoint(path) => {
+                let location = routes::check_pod(&path, location, false)?;
+                Err(no_checkpoint(&location, &path))
             }
             Route::Stream(..) if !matches!(*request.method(), Method::GET | Method::POST) => {
                 Err(wrong_method("GET or POST"))
@@ -188,6 +257,9 @@ impl KubeletServer {
                 let target = routes::stream(verb, &path, request.method(), request.uri(), request.headers())?;
                 let location = routes::check_pod(&path, location, false)?;
                 upgrade::serve(&self.tunnels, &location.site, target, request, self.stop.clone()).await
+            }
+            Route::Health | Route::Node(_) | Route::Unknown => {
+                Err(Refusal::new(StatusCode::NOT_FOUND, "404 page not found\n"))
             }
         }
     }
@@ -211,6 +283,60 @@ impl KubeletServer {
             }
         }
     }
+}
+
+/// Who has connected, and where.
+struct Caller {
+    certificate: Option<User>,
+    /// The node whose port it is; `None` on the port for all.
+    node: Option<SiteName>,
+}
+
+/// What all listeners share.
+#[derive(Clone)]
+struct Door {
+    server: Arc<KubeletServer>,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+    room: Arc<Semaphore>,
+    connections: TaskTracker,
+}
+
+impl Door {
+    /// Accepts connections until `stop`, or the server's own.
+    async fn serve(&self, listener: TcpListener, node: Option<SiteName>, stop: CancellationToken) {
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.server.stop.cancelled() => return,
+                accepted = accept(&listener, &self.room) => accepted,
+            };
+            let Some((stream, permit)) = accepted else {
+                continue;
+            };
+            let config = self.tls.borrow().clone();
+            let (server, node) = (self.server.clone(), node.clone());
+            self.connections.spawn(async move {
+                server.connection(stream, config, node).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+fn no_node(path: &str) -> Refusal {
+    let text = format!(
+        "{path} says nothing of a node, and this port serves all: use the port in the Node's status, or put \
+         /nodes/<name> before the path\n"
+    );
+    Refusal::new(StatusCode::NOT_FOUND, text)
+}
+
+fn no_checkpoint(location: &PodLocation, path: &PodPath) -> Refusal {
+    let text = format!(
+        "container {:?} of pod {:?} cannot be checkpointed: node {} does not support checkpoints\n",
+        path.container, path.pod, location.site
+    );
+    Refusal::new(StatusCode::NOT_IMPLEMENTED, text)
 }
 
 /// The next connection, once there is room for it.

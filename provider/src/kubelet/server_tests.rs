@@ -27,6 +27,12 @@ impl PodDirectory for OnePod {
     }
 }
 
+impl crate::kubelet::NodeDirectory for OnePod {
+    fn pods(&self, site: &SiteName) -> Vec<serde_json::Value> {
+        vec![serde_json::json!({"metadata": {"name": format!("pod-of-{site}")}})]
+    }
+}
+
 struct Queue(mpsc::UnboundedSender<OpenTunnel>);
 
 impl Orders for Queue {
@@ -85,6 +91,7 @@ async fn edge(tunnels: Tunnels, mut orders: mpsc::UnboundedReceiver<OpenTunnel>)
 struct Running {
     address: std::net::SocketAddr,
     roots: rustls::RootCertStore,
+    listeners: mpsc::UnboundedSender<NodeListener>,
     stop: CancellationToken,
     server: tokio::task::JoinHandle<()>,
 }
@@ -106,8 +113,11 @@ async fn start(with_edge: bool) -> Running {
     if with_edge {
         tokio::spawn(edge(tunnels.clone(), queue));
     }
+    let (listeners, made) = mpsc::unbounded_channel();
     let deps = KubeletDeps {
         pods: Arc::new(OnePod),
+        nodes: Arc::new(OnePod),
+        listeners: made,
         tunnels,
         reviews: Arc::new(FakeReviews::default()),
     };
@@ -119,6 +129,7 @@ async fn start(with_edge: bool) -> Running {
     Running {
         address,
         roots,
+        listeners,
         stop,
         server,
     }
@@ -227,6 +238,27 @@ async fn requests_are_refused_with_a_kubelets_words() {
             "Upgrade request required",
         ),
         ("GET /nothing", "good", 404, "/nothing"),
+        ("GET /pods", "good", 404, "this port serves all"),
+        ("GET /pods", "bad", 403, "subresource(s)=[pods proxy]"),
+        ("GET /nodes/harbour/pods", "good", 200, "pod-of-harbour"),
+        ("POST /nodes/harbour/pods", "good", 405, "Method Not Allowed"),
+        (
+            "GET /nodes/harbour/metrics/resource",
+            "good",
+            403,
+            "subresource(s)=[metrics]",
+        ),
+        ("GET /nodes/harbour/configz", "good", 503, "\"harbour\""),
+        ("GET /nodes/harbour/healthz", "good", 503, "\"harbour\""),
+        (
+            "GET /nodes/other/containerLogs/ns/p/c",
+            "good",
+            404,
+            "pod \"p\" does not exist",
+        ),
+        ("GET /run/ns/p/c?cmd=ls", "good", 405, "POST"),
+        ("POST /run/ns/p/c", "good", 400, "you must specify a command"),
+        ("POST /run/ns/p/other/c?cmd=ls", "good", 404, "pod does not exist"),
         ("GET /containerLogs/ns/p/c", "good", 503, "\"harbour\""),
     ] {
         let answer = running.ask(line, token).await;
@@ -235,6 +267,31 @@ async fn requests_are_refused_with_a_kubelets_words() {
             "{line}: {answer}"
         );
         assert!(answer.contains(text), "{line}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_port_of_its_own_says_which_node_is_meant() {
+    let mut running = start(false).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let own = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let one = NodeListener {
+        site: "quay".parse().unwrap(),
+        listener,
+        stop: stop.clone(),
+    };
+    running.listeners.send(one).map_err(drop).unwrap();
+    running.address = own;
+    let answer = running.ask("GET /pods", "good").await;
+    assert!(answer.contains("pod-of-quay"), "{answer}");
+    // The pod is harbour's.
+    let answer = running.ask("GET /containerLogs/ns/p/c", "good").await;
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    stop.cancel();
+    // The listener is closed once its task has seen that.
+    while TcpStream::connect(own).await.is_ok() {
+        tokio::task::yield_now().await;
     }
 }
 

@@ -21,7 +21,7 @@ use futures::{Stream, StreamExt};
 use http::StatusCode;
 use jiff::Timestamp;
 use skerry_proto::SiteName;
-use skerry_proto::limits::TUNNEL_CHUNK_BYTES;
+use skerry_proto::limits::{MAX_TUNNELS_PER_SITE, TUNNEL_CHUNK_BYTES};
 use skerry_proto::link::{
     OpenTunnel, TunnelFailed, TunnelFrame, TunnelOpen, TunnelReady, open_tunnel::Target, tunnel_frame::Frame,
 };
@@ -31,9 +31,6 @@ use tonic::Status;
 
 /// How long a site may take to open a tunnel and to say that it is ready.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(10);
-
-/// Most tunnels of one site at a time, pending ones included.
-pub const MAX_TUNNELS_PER_SITE: usize = 128;
 
 /// Chunks that wait in one direction before the sender is held back.
 const CHANNEL_CHUNKS: usize = 8;
@@ -192,6 +189,15 @@ impl Tunnels {
     /// Tunnels that are pending or open.
     pub fn count(&self) -> usize {
         self.shared.entries().len()
+    }
+
+    /// The same by site; sites without any are left out.
+    pub fn by_site(&self) -> HashMap<SiteName, usize> {
+        let mut counts = HashMap::new();
+        for (site, _) in self.shared.entries().values() {
+            *counts.entry(site.clone()).or_default() += 1;
+        }
+        counts
     }
 
     /// Asks a site for a stream and waits, at most [`OPEN_LIMIT`], until it is ready.

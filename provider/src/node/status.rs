@@ -18,6 +18,9 @@ pub const AWAY_REASON: &str = "EdgeDisconnected";
 /// Label of every Node that is a site.
 pub const SITE_LABEL: &str = "edge.skerry.dev/site";
 
+/// Annotation that metrics-server reads.
+const METRICS_PATH: &str = "metrics.k8s.io/resource-metrics-path";
+
 /// Labels that a site may assert of itself.
 const OWN_LABELS: [&str; 3] = ["kubernetes.io/hostname", "kubernetes.io/os", "kubernetes.io/arch"];
 /// Fields of NodeStatus that the site measures.
@@ -88,10 +91,12 @@ async fn register(
                 "a Node {site} exists that is not a site; give the Site another name"
             )));
         }
-        let patch = json!({"metadata": {"labels": labels}});
+        let path = metrics_path(site);
+        let patch = json!({"metadata": {"labels": labels, "annotations": {METRICS_PATH: path}}});
         let missing = labels
             .iter()
-            .any(|(k, v)| node.value["metadata"]["labels"][k].as_str() != Some(v));
+            .any(|(k, v)| node.value["metadata"]["labels"][k].as_str() != Some(v))
+            || node.value["metadata"]["annotations"][METRICS_PATH].as_str() != Some(&path);
         if missing
             && let Err(error) = nodes
                 .patch(site.as_str(), &PatchParams::default(), &Patch::Merge(&patch))
@@ -105,6 +110,7 @@ async fn register(
         "metadata": {
             "name": site.as_str(),
             "labels": labels,
+            "annotations": {METRICS_PATH: metrics_path(site)},
             "ownerReferences": [{
                 "apiVersion": "edge.skerry.dev/v1alpha1", "kind": "Site", "name": site.as_str(),
                 "uid": owner.key.uid.as_str(), "controller": true, "blockOwnerDeletion": false,
@@ -125,6 +131,11 @@ async fn register(
         }
         Err(error) => Err(outcome_of(&error)),
     }
+}
+
+/// Where metrics-server finds the Node's measurements, whatever port it asks at.
+fn metrics_path(site: &SiteName) -> String {
+    format!("/nodes/{site}/metrics/resource")
 }
 
 fn labels(

@@ -9,6 +9,8 @@ mod churn;
 mod devices;
 mod duties;
 mod enrolment;
+mod kubelet_api;
+mod parallel;
 mod pods;
 mod programs;
 mod resources;
@@ -31,6 +33,8 @@ fn main() -> ExitCode {
         pods::scenarios(),
         resources::scenarios(),
         workloads::scenarios(),
+        kubelet_api::scenarios(),
+        parallel::scenarios(),
         streams::scenarios(),
         programs::scenarios(),
     ];

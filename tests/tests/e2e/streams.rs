@@ -30,6 +30,17 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
             "kubectl exec of a program that is not there fails clearly",
             exec_missing,
         ),
+        Scenario::each(
+            "kubectl attach shows output from then on and passes standard input",
+            attach,
+        ),
+        Scenario::each("kubectl attach -it has the container's terminal", attach_tty),
+        Scenario::each("kubectl run --rm -i runs a command and leaves no pod", run_rm),
+        Scenario::each(
+            "kubectl port-forward reaches a port of the pod, and a closed one says so",
+            port_forward,
+        ),
+        Scenario::each("kubectl cp copies a directory there and back", copy),
         Scenario::once("the kubelet endpoint turns strangers away", strangers),
     ]
     .into_iter()
@@ -232,6 +243,186 @@ fn exec_missing(t: &Test<'_>) {
         condition(&t.kubectl.get("pod", "pod").unwrap(), "Ready")["status"],
         "True"
     );
+}
+
+fn attach(t: &Test<'_>) {
+    // Says what it is told; its standard input stays open when a client goes.
+    let script = "echo before; while read line; do echo got $line; done; echo over";
+    let container = json!({"command": ["sh", "-c", script], "stdin": true});
+    t.kubectl
+        .apply(&t.site().pod("pod", json!({"containers": [container]})));
+    ready(&t.kubectl, "pod");
+    for word in ["one", "two"] {
+        let mut child = t
+            .kubectl
+            .command(&["attach", "-i", "pod"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        writeln!(stdin, "{word}").unwrap();
+        let mut line = String::new();
+        out.read_line(&mut line).unwrap();
+        assert_eq!(line, format!("got {word}\n"));
+        // The client goes; the container stays for the next one.
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let pod = t.kubectl.get("pod", "pod").unwrap();
+    let status = &pod["status"]["containerStatuses"][0];
+    assert!(
+        status["state"]["running"].is_object() && status["restartCount"] == 0,
+        "{status}"
+    );
+    assert_eq!(t.kubectl.run(&["logs", "pod"]), "before\ngot one\ngot two\n");
+}
+
+/// Runs kubectl on a terminal of its own, which script(1) makes, and types `input`; what the terminal showed.
+fn on_terminal(t: &Test<'_>, args: &[&str], input: &str) -> (String, Option<i32>) {
+    let kubectl = t.kubectl.command(args);
+    let words = [kubectl.get_program()].into_iter().chain(kubectl.get_args());
+    let line: Vec<_> = words.map(|w| format!("'{}'", w.to_str().unwrap())).collect();
+    let line = format!("stty rows 33 cols 77; {}", line.join(" "));
+    let mut child = Command::new("script")
+        .args(["-qec", &line, "/dev/null"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("script(1) runs");
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    drop(stdin);
+    (
+        String::from_utf8_lossy(&out.stdout).into_owned(),
+        out.status.code(),
+    )
+}
+
+fn attach_tty(t: &Test<'_>) {
+    let container = json!({"command": ["sh"], "stdin": true, "tty": true, "stdinOnce": true});
+    t.kubectl.apply(&t.site().pod(
+        "pod",
+        json!({"restartPolicy": "Never", "containers": [container]}),
+    ));
+    ready(&t.kubectl, "pod");
+    // The size is sent after the start: ask until it is there.
+    let input = "i=0; while [ $i -lt 100 ]; do [ \"$(stty size)\" = '33 77' ] && break; i=$((i+1)); sleep 0.1; done\necho size is $(stty size); exit 0\n";
+    let (shown, _) = on_terminal(t, &["attach", "-it", "pod"], input);
+    assert!(shown.contains("size is 33 77"), "{shown}");
+    phase(&t.kubectl, "pod", "Succeeded");
+}
+
+fn run_rm(t: &Test<'_>) {
+    let node = json!({"spec": {"nodeSelector": {"kubernetes.io/hostname": t.site().name()}}}).to_string();
+    let image = format!("--image={}", skerry_tests::site::IMAGE);
+    let overrides = format!("--overrides={node}");
+    let out = t.kubectl.output_with(
+        &[
+            "run",
+            "once",
+            "--rm",
+            "-i",
+            "--restart=Never",
+            "--quiet",
+            &image,
+            &overrides,
+            "--command",
+            "--",
+            "sh",
+            "-c",
+            "cat; echo the end",
+        ],
+        "typed\n",
+    );
+    assert!(out.status.success(), "{}", text(&out));
+    let shown = String::from_utf8_lossy(&out.stdout);
+    assert!(shown.contains("the end"), "{}", text(&out));
+    skerry_tests::pods::gone(&t.kubectl, "once");
+}
+
+fn port_forward(t: &Test<'_>) {
+    // On the process runtime the port is the host's: take one that is free.
+    let port = skerry_tests::process::free_port();
+    let closed = skerry_tests::process::free_port();
+    let busybox = match t.runtime {
+        skerry_tests::site::Runtime::Containerd => "",
+        skerry_tests::site::Runtime::Process => "busybox ",
+    };
+    let script = format!("while true; do echo hello from the pod | {busybox}nc -l -p {port}; done");
+    start(t, &script);
+    let mut child = t
+        .kubectl
+        .command(&[
+            "port-forward",
+            "pod/pod",
+            &format!(":{port}"),
+            &format!(":{closed}"),
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut local = |remote: u16| loop {
+        let mut line = String::new();
+        assert!(out.read_line(&mut line).unwrap() > 0, "no port for {remote}");
+        // Forwarding from 127.0.0.1:40001 -> 8080; one line more for IPv6.
+        if line.starts_with("Forwarding from 127.0.0.1:") && line.trim().ends_with(&format!("-> {remote}")) {
+            let (_, rest) = line.split_once("127.0.0.1:").unwrap();
+            break rest.split(' ').next().unwrap().parse::<u16>().unwrap();
+        }
+    };
+    let (to_open, to_closed) = (local(port), local(closed));
+    let greet = |port: u16| {
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let mut greeting = String::new();
+        let read = std::io::Read::read_to_string(&mut stream, &mut greeting);
+        read.map(|_| greeting).map_err(|e| e.to_string())
+    };
+    // A port that fails must not end the session.
+    assert_ne!(greet(to_closed).unwrap_or_default(), "hello from the pod\n");
+    for _ in 0..3 {
+        eventually(SOON, "the port answers", || {
+            let text = greet(to_open)?;
+            skerry_tests::wait::same(text.as_str(), "hello from the pod\n")
+        });
+    }
+    child.kill().unwrap();
+    let errors = child.wait_with_output().unwrap().stderr;
+    let errors = String::from_utf8_lossy(&errors);
+    assert!(errors.to_lowercase().contains("refused"), "{errors}");
+}
+
+fn copy(t: &Test<'_>) {
+    let spec = json!({
+        "containers": [{"command": ["sleep", "1000"], "volumeMounts": [{"name": "d", "mountPath": "/data"}]}],
+        "volumes": [{"name": "d", "emptyDir": {}}],
+    });
+    t.kubectl.apply(&t.site().pod("pod", spec));
+    ready(&t.kubectl, "pod");
+    let dir = tempfile::tempdir().unwrap();
+    let there = dir.path().join("there");
+    std::fs::create_dir_all(there.join("deep")).unwrap();
+    let big: Vec<u8> = (0..2_000_000_u32).map(|i| i.to_le_bytes()[0]).collect();
+    std::fs::write(there.join("deep/big"), &big).unwrap();
+    std::fs::write(there.join("empty"), "").unwrap();
+    let back = dir.path().join("back");
+    t.kubectl.run(&["cp", there.to_str().unwrap(), "pod:/data/copy"]);
+    t.kubectl.run(&["cp", "pod:/data/copy", back.to_str().unwrap()]);
+    assert!(
+        std::fs::read(back.join("deep/big")).unwrap() == big,
+        "the copy differs"
+    );
+    assert_eq!(std::fs::read(back.join("empty")).unwrap(), b"");
+    let missing = t
+        .kubectl
+        .attempt(&["cp", "pod:/data/no-such-file", back.to_str().unwrap()]);
+    assert!(missing.unwrap_err().contains("no-such-file"));
 }
 
 fn strangers(t: &Test<'_>) {

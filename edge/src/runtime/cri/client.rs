@@ -14,6 +14,7 @@ use super::api::image_service_client::ImageServiceClient;
 use super::api::runtime_service_client::RuntimeServiceClient;
 use super::api::{self, ContainerFilter, PodSandboxFilter};
 use super::failure::{self, CreateError};
+use super::operations::{Counted, Operations};
 use crate::runtime::{ExecRequest, RegistryAuth, RuntimeError, RuntimeVersion, labels};
 
 /// How long the engine may take for a call, beside what the call itself waits for.
@@ -25,8 +26,8 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 /// Cheap to clone; all clones share one connection, which is made when first needed and again after it is lost.
 #[derive(Clone)]
 pub(super) struct Client {
-    runtime: RuntimeServiceClient<Channel>,
-    images: ImageServiceClient<Channel>,
+    runtime: RuntimeServiceClient<Counted<Channel>>,
+    images: ImageServiceClient<Counted<Channel>>,
     shared: Arc<Shared>,
 }
 
@@ -34,6 +35,7 @@ struct Shared {
     socket: PathBuf,
     owner: String,
     scheme: OnceLock<&'static str>,
+    operations: Operations,
 }
 
 impl Client {
@@ -45,6 +47,8 @@ impl Client {
         });
         // The socket's path is no valid authority in HTTP/2, and the engine does not look at it.
         let channel = Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector);
+        let operations = Operations::default();
+        let channel = Counted::new(channel, operations.clone());
         Client {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
             images: ImageServiceClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT),
@@ -52,8 +56,14 @@ impl Client {
                 socket,
                 owner: owner.to_owned(),
                 scheme: OnceLock::new(),
+                operations,
             }),
         }
+    }
+
+    /// Counters of the calls.
+    pub(super) fn operations(&self) -> &Operations {
+        &self.shared.operations
     }
 
     /// Value of the label on everything that we made.

@@ -6,6 +6,7 @@
 //! * [`inventory`]: what the runtime has, in ours, asking only about what has changed;
 //! * [`changes`]: notices that something has changed;
 //! * [`usage`]: where the use of containers is read;
+//! * [`operations`]: counts and times the calls;
 //! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken;
 //! * [`stay`]: which images must stay, and where images are kept.
 //!
@@ -18,6 +19,7 @@ mod client;
 mod config;
 mod failure;
 mod inventory;
+mod operations;
 mod reserved;
 mod stay;
 mod usage;
@@ -37,6 +39,7 @@ use super::{
 };
 use crate::cgroup::Driver;
 use client::Client;
+pub use operations::Operations;
 
 /// Messages and services of CRI v1, generated from `proto/cri/runtime.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
@@ -89,6 +92,11 @@ impl CriRuntime {
     pub fn with_cgroup_driver(mut self, driver: Driver) -> CriRuntime {
         self.old_engine_driver = driver;
         self
+    }
+
+    /// Counters of the calls to the engine.
+    pub fn operations(&self) -> Operations {
+        self.client.operations().clone()
     }
 
     /// Tells watchers that a call of ours may have changed something, whether it answered well or not.

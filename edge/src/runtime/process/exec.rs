@@ -17,6 +17,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::runtime::{ExecOutput, ExecRequest, RuntimeError, StreamedProcess};
 
+/// Exit code of a process that SIGKILL has ended.
+const KILLED: i32 = 137;
+
 /// Output beyond this is read and thrown away.
 const MAX_OUTPUT: u64 = 16 * 1024 * 1024;
 
@@ -70,11 +73,15 @@ fn code(status: ExitStatus) -> i32 {
         .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-/// Starts a command whose streams the caller connects.
-pub(super) fn streamed(mut command: Command, request: &ExecRequest) -> Result<StreamedProcess, RuntimeError> {
+/// Starts a command whose streams the caller connects. It ends with `container`, as in a process namespace.
+pub(super) fn streamed(
+    mut command: Command,
+    request: &ExecRequest,
+    container: impl Future<Output = ()> + Send + 'static,
+) -> Result<StreamedProcess, RuntimeError> {
     command.kill_on_drop(true);
     if request.tty {
-        return on_terminal(command, request);
+        return on_terminal(command, request, container);
     }
     let pipe = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
     command
@@ -87,17 +94,26 @@ pub(super) fn streamed(mut command: Command, request: &ExecRequest) -> Result<St
         stdout: child.stdout.take().map(|s| Box::new(s) as _),
         stderr: child.stderr.take().map(|s| Box::new(s) as _),
         resize: None,
-        exit: watch_exit(child),
+        exit: watch_exit(child, container),
     })
 }
 
-/// Waits for the end of the process; kills it when nobody wants to know its exit code any more.
-fn watch_exit(mut child: Child) -> oneshot::Receiver<i32> {
+/// Waits for the end of the process; kills it when its container has ended, or when nobody wants to know its exit code any
+/// more.
+fn watch_exit(
+    mut child: Child,
+    container: impl Future<Output = ()> + Send + 'static,
+) -> oneshot::Receiver<i32> {
     let (mut tell, exit) = oneshot::channel();
     tokio::spawn(async move {
         let ended = tokio::select! {
             status = child.wait() => Some(status.map_or(255, code)),
             () = tell.closed() => None,
+            () = container => {
+                // Killed, as everything in the container was.
+                let _ = child.kill().await;
+                Some(KILLED)
+            }
         };
         match ended {
             Some(code) => {
@@ -111,7 +127,11 @@ fn watch_exit(mut child: Child) -> oneshot::Receiver<i32> {
     exit
 }
 
-fn on_terminal(mut command: Command, request: &ExecRequest) -> Result<StreamedProcess, RuntimeError> {
+fn on_terminal(
+    mut command: Command,
+    request: &ExecRequest,
+    container: impl Future<Output = ()> + Send + 'static,
+) -> Result<StreamedProcess, RuntimeError> {
     let no_terminal = |e: nix::Error| RuntimeError::Failed(format!("cannot make a terminal: {e}"));
     let pty = nix::pty::openpty(None, None).map_err(no_terminal)?;
     // Copies are close-on-exec: another exec must not hold this terminal open.
@@ -133,7 +153,7 @@ fn on_terminal(mut command: Command, request: &ExecRequest) -> Result<StreamedPr
         stdout: Some(Box::new(open(master)?)),
         stderr: None,
         resize: Some(follow_size(sizes)),
-        exit: watch_exit(child),
+        exit: watch_exit(child, container),
     })
 }
 

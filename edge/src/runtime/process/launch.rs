@@ -109,6 +109,7 @@ pub(super) fn container_record(
         mounts: mounts(config)?,
         state_root: state_root.to_owned(),
         stdin: config.stdin,
+        stdin_once: config.stdin_once,
         tty: config.tty,
         uid: security.run_as_user.map(|n| one_id("runAsUser", n)).transpose()?,
         gid: security

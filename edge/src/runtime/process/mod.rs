@@ -35,8 +35,10 @@
 //! * As an ordinary user the pod's `runAsUser` is the number that the process sees; on the host it is the daemon's user.
 //! * A `runAsUser` without `runAsGroup` gets the group that the host's user database gives, else the group of the same
 //!   number.
-//! * `attach` and `port_forward` are refused: read the log, and connect to the host's port.
+//! * `port_forward` connects to the host's loopback, where the pod's ports are; and everybody else's.
 
+mod attach;
+mod attached;
 mod child;
 mod exec;
 mod launch;
@@ -477,25 +479,35 @@ impl Runtime for ProcessRuntime {
 
     async fn exec(&self, id: &ContainerId, request: &ExecRequest) -> Result<StreamEndpoint, RuntimeError> {
         let shim = self.exec_command(id, &request.command, request.tty)?;
-        exec::streamed(shim, request).map(StreamEndpoint::Process)
+        let (dir, _) = self.record(id)?;
+        exec::streamed(shim, request, self.end_of(dir)).map(StreamEndpoint::Process)
     }
 
-    async fn attach(
-        &self,
-        _id: &ContainerId,
-        _request: &ExecRequest,
-    ) -> Result<StreamEndpoint, RuntimeError> {
-        Err(unsupported("attach: follow the container's log, or use exec"))
+    async fn attach(&self, id: &ContainerId, request: &ExecRequest) -> Result<StreamEndpoint, RuntimeError> {
+        let (dir, record) = self.record(id)?;
+        attached::connect(&id.0, &dir, record.launch.tty, request)
+            .await
+            .map(StreamEndpoint::Process)
     }
 
     async fn port_forward(&self, _id: &SandboxId, _ports: &[u16]) -> Result<StreamEndpoint, RuntimeError> {
-        Err(unsupported(
-            "port-forward: pods listen on the host's own addresses",
-        ))
+        Ok(StreamEndpoint::Host)
     }
 }
 
 impl ProcessRuntime {
+    /// Resolves when the container in `dir` has ended.
+    fn end_of(&self, dir: PathBuf) -> impl Future<Output = ()> + Send + 'static {
+        let mut changes = self.shared.changes.subscribe();
+        async move {
+            while !dir.join(files::EXIT).exists() && dir.exists() {
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
     fn exec_command(&self, id: &ContainerId, argv: &[String], tty: bool) -> Result<Command, RuntimeError> {
         if argv.is_empty() {
             return Err(RuntimeError::Invalid("exec needs a command".into()));

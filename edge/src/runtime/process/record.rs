@@ -54,6 +54,9 @@ pub(super) struct Launch {
     /// Root of the runtime's state, hidden from the container.
     pub(super) state_root: PathBuf,
     pub(super) stdin: bool,
+    /// Stdin ends with the first client that was attached to it.
+    #[serde(default)]
+    pub(super) stdin_once: bool,
     pub(super) tty: bool,
     pub(super) uid: Option<u32>,
     pub(super) gid: Option<u32>,

@@ -19,6 +19,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid};
 
+use super::attach::{self, Hub};
 use super::child::{self, ChildReport};
 use super::files;
 use super::log::LineLog;
@@ -108,7 +109,7 @@ fn run(dir: &Path) -> Result<(), String> {
     let (cgroups, notes) = cgroup::create(&record.launch.cgroup, &record.launch.limits());
     match start(dir, &record, &cgroups) {
         Ok(started) => {
-            let answer = supervise(dir, cgroups, notes, started, &mut log, &record.log_path);
+            let answer = supervise(dir, &record, cgroups, notes, started, &mut log);
             answer.map_err(|e| e.to_string())
         }
         Err(message) => {
@@ -174,8 +175,8 @@ struct Started {
     report: ChildReport,
     out: OwnedFd,
     err: Option<OwnedFd>,
-    /// Never written; holding it keeps the program's stdin from ending.
-    _stdin: Option<OwnedFd>,
+    /// To write the program's stdin, where it has one; while it is held, that does not end.
+    stdin: Option<OwnedFd>,
     signals: SignalFd,
 }
 
@@ -230,7 +231,7 @@ fn start(dir: &Path, record: &ContainerRecord, cgroups: &[PathBuf]) -> Result<St
                 report,
                 out,
                 err,
-                _stdin: stdin,
+                stdin,
                 signals,
             })
         }
@@ -291,11 +292,16 @@ impl Streams {
             let pty = nix::pty::openpty(None, None).map_err(text)?;
             // Both ends are made without close-on-exec; their copies have it.
             let (master, slave) = (again(&pty.master)?, again(&pty.slave)?);
+            let input = if keep_stdin {
+                Some(again(&pty.master)?)
+            } else {
+                None
+            };
             return Ok(Self {
                 child: [again(&slave)?, again(&slave)?, slave],
                 out: master,
                 err: None,
-                stdin: None,
+                stdin: input,
             });
         }
         let (out, child_out) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
@@ -349,11 +355,11 @@ fn reset_signals() {
 
 fn supervise(
     dir: &Path,
+    record: &ContainerRecord,
     cgroups: Vec<PathBuf>,
     mut notes: Vec<String>,
     mut started: Started,
     log: &mut File,
-    log_path: &Path,
 ) -> io::Result<()> {
     let started_at = Timestamp::now();
     for note in &started.report.notes {
@@ -361,6 +367,13 @@ fn supervise(
         let _ = log.write_all(line.as_bytes());
     }
     notes.append(&mut started.report.notes);
+    let (hub, note) = Hub::open(
+        dir,
+        started.stdin.take(),
+        record.launch.stdin_once,
+        record.launch.tty,
+    );
+    notes.extend(note);
     let me = ProcessIdentity::of(std::process::id().cast_signed());
     let run = RunRecord {
         shim: me.unwrap_or(started.identity),
@@ -375,7 +388,7 @@ fn supervise(
     };
     record::write(dir, files::RUN, &run)?;
     answer_daemon(&StartAnswer { error: None, notes });
-    let (code, signal) = pump(&mut started, log, log_path);
+    let (code, signal) = pump(&mut started, log, &record.log_path, hub);
     let oom = signal == Some(Signal::SIGKILL) && cgroup::oom_killed(&run.cgroups);
     cgroup::remove(&run.cgroups);
     let reason = if oom {
@@ -397,13 +410,13 @@ fn supervise(
 }
 
 /// Copies the streams into the log until the program has ended and everything that it left is dead.
-fn pump(started: &mut Started, log: &mut File, log_path: &Path) -> (i32, Option<Signal>) {
-    let mut sources: Vec<(File, LineLog)> = Vec::new();
+fn pump(started: &mut Started, log: &mut File, log_path: &Path, mut hub: Hub) -> (i32, Option<Signal>) {
+    let mut sources: Vec<(File, LineLog, u8)> = Vec::new();
     if let Ok(out) = started.out.try_clone() {
-        sources.push((File::from(out), LineLog::new("stdout")));
+        sources.push((File::from(out), LineLog::new("stdout"), attach::kind::STDOUT));
     }
     if let Some(err) = started.err.take() {
-        sources.push((File::from(err), LineLog::new("stderr")));
+        sources.push((File::from(err), LineLog::new("stderr"), attach::kind::STDERR));
     }
     let mut ended = None;
     let mut buffer = vec![0_u8; 16 * 1024];
@@ -411,9 +424,10 @@ fn pump(started: &mut Started, log: &mut File, log_path: &Path) -> (i32, Option<
         let ready: Vec<bool> = {
             let mut fds: Vec<PollFd> = sources
                 .iter()
-                .map(|(f, _)| PollFd::new(f.as_fd(), PollFlags::POLLIN))
+                .map(|(f, ..)| PollFd::new(f.as_fd(), PollFlags::POLLIN))
                 .collect();
             fds.push(PollFd::new(started.signals.as_fd(), PollFlags::POLLIN));
+            hub.add_to(&mut fds);
             // Once all are dead, whoever still holds a pipe is no child of ours: wait no longer for it.
             let timeout = if ended.is_some() {
                 PollTimeout::from(200_u8)
@@ -434,7 +448,7 @@ fn pump(started: &mut Started, log: &mut File, log_path: &Path) -> (i32, Option<
             }
         }
         let mut index = 0;
-        sources.retain_mut(|(file, lines)| {
+        sources.retain_mut(|(file, lines, kind)| {
             index += 1;
             if !ready[index - 1] {
                 return true;
@@ -442,9 +456,18 @@ fn pump(started: &mut Started, log: &mut File, log_path: &Path) -> (i32, Option<
             match file.read(&mut buffer) {
                 Ok(count) if count > 0 => {
                     let _ = lines.push(Timestamp::now(), &buffer[..count], log);
+                    hub.output(*kind, &buffer[..count]);
                     true
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
+                // A terminal does not block, since its other use, for input, must not.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                    ) =>
+                {
+                    true
+                }
                 // End of file, or EIO from a terminal that nobody has open any more.
                 _ => {
                     let _ = lines.finish(Timestamp::now(), log);
@@ -452,6 +475,7 @@ fn pump(started: &mut Started, log: &mut File, log_path: &Path) -> (i32, Option<
                 }
             }
         });
+        hub.turn();
         if let Some(status) = reap(started.pid)
             && ended.is_none()
         {
@@ -459,7 +483,8 @@ fn pump(started: &mut Started, log: &mut File, log_path: &Path) -> (i32, Option<
             kill_descendants();
         }
     }
-    for (_, lines) in &mut sources {
+    hub.finish();
+    for (_, lines, _) in &mut sources {
         let _ = lines.finish(Timestamp::now(), log);
     }
     ended.unwrap_or((255, None))

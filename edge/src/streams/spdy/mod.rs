@@ -1,4 +1,5 @@
-//! The server side of SPDY/3.1 as Kubernetes uses it for exec and attach (`v1` to `v4.channel.k8s.io`).
+//! The server side of SPDY/3.1 as Kubernetes uses it for exec and attach (`v1` to `v4.channel.k8s.io`), and in
+//! [`forward`] for port-forward.
 //!
 //! The client opens one stream for each of `error`, `stdin`, `stdout`, `stderr` and `resize` that its request asked
 //! for, named by the header `streamtype`; bytes and FIN pass on them until the process ends and its outcome goes out
@@ -6,6 +7,7 @@
 //! bounded channels hold a fast side back.
 
 mod dictionary;
+pub(super) mod forward;
 mod frame;
 mod headers;
 
