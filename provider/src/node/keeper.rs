@@ -134,7 +134,7 @@ impl Keeper {
                 self.write_site(site, state, pods.len(), now).await?;
             }
         }
-        for pod in &pods {
+        for pod in pods.iter().filter(|pod| tolerations::due(pod, state.online, now)) {
             // One pod that refuses must not leave the others unprotected.
             if let Err(error) = tolerations::protect(&self.deps.client, pod).await {
                 tracing::warn!(site = %self.site, namespace = %pod.namespace, pod = %pod.name, %error,

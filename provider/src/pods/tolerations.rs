@@ -5,7 +5,13 @@
 //! that is bound to a site is therefore made to tolerate both for ever. The change is kept in the pod, so it protects
 //! also while no provider runs. (The API server allows to change `tolerationSeconds` of a bound pod, and to add
 //! tolerations.)
+//!
+//! A change of the spec counts in `metadata.generation`, and who watches the generation of a pod that was just made
+//! expects to be the only one who changes it. So a young pod is left as it is while its site is heard: it is protected
+//! when the site falls silent, before the Node is said to be away, or when it has been there for a while. Only pods
+//! younger than that depend on a provider that comes back within their 300 s.
 
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
@@ -14,6 +20,19 @@ use serde_json::{Value, json};
 use crate::cluster::Object;
 
 const KEYS: [&str; 2] = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"];
+
+/// The age at which a pod is protected also while its site is heard.
+const SETTLED: SignedDuration = SignedDuration::from_mins(10);
+
+/// Whether a pod is to be protected now: its site is silent, or it has been there long enough.
+pub fn due(pod: &Object, site_is_heard: bool, now: Timestamp) -> bool {
+    if !site_is_heard {
+        return true;
+    }
+    let created = pod.value["metadata"]["creationTimestamp"].as_str();
+    let created = created.and_then(|time| time.parse::<Timestamp>().ok());
+    created.is_none_or(|created| now.duration_since(created) >= SETTLED)
+}
 
 /// Makes one pod tolerate an absent site; does nothing when it does so already.
 pub async fn protect(client: &Client, pod: &Object) -> Result<(), kube::Error> {
@@ -68,7 +87,20 @@ fn covers(toleration: &Value, key: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use skerry_proto::link::Kind;
+
     use super::*;
+
+    #[test]
+    fn a_young_pod_is_left_alone_until_its_site_falls_silent() {
+        let metadata =
+            json!({"uid": "u", "name": "p", "namespace": "n", "creationTimestamp": "2026-01-01T00:00:00Z"});
+        let pod = Object::new(Kind::Pod, json!({"metadata": metadata})).unwrap();
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        assert!(!due(&pod, true, at("2026-01-01T00:09:59Z")));
+        assert!(due(&pod, false, at("2026-01-01T00:00:01Z")));
+        assert!(due(&pod, true, at("2026-01-01T00:10:00Z")));
+    }
 
     #[test]
     fn the_default_tolerations_lose_their_limit_and_others_stay() {
