@@ -73,7 +73,7 @@ impl Amounts {
 }
 
 fn cpu_text(milli: u64) -> String {
-    if milli % 1000 == 0 {
+    if milli.is_multiple_of(1000) {
         (milli / 1000).to_string()
     } else {
         format!("{milli}m")
@@ -85,7 +85,7 @@ fn binary(mut value: u64) -> String {
     let mut suffixes = ["", "Ki", "Mi", "Gi", "Ti"].into_iter().peekable();
     loop {
         let suffix = suffixes.next().unwrap_or_default();
-        if value == 0 || value % 1024 != 0 || suffixes.peek().is_none() {
+        if value == 0 || !value.is_multiple_of(1024) || suffixes.peek().is_none() {
             return format!("{value}{suffix}");
         }
         value /= 1024;

@@ -222,7 +222,7 @@ impl Worker {
     pub(super) async fn admit(&mut self, pod: &Pod) -> Result<Admitted, SyncError> {
         if self.record.allocated.is_none() && !self.view.sandboxes.is_empty() {
             // Taken by a daemon that kept no record of that.
-            self.record.allocated = Some(Allocation::of(pod));
+            self.record.adopt(pod);
             self.save()?;
         }
         if let Some(given) = self.record.allocated.clone() {

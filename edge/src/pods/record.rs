@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{PodStatus, ResourceRequirements};
+use k8s_openapi::api::core::v1::{Pod, PodStatus, ResourceRequirements};
 use serde::{Deserialize, Serialize};
 
 use super::allocation::{Actuated, Allocation, Resizing};
@@ -214,6 +214,15 @@ impl PodRecord {
         }
     }
 
+    /// Takes a pod that runs already for one that was given, and has, what its spec asks for.
+    pub(crate) fn adopt(&mut self, pod: &Pod) {
+        self.allocated = Some(Allocation::of(pod));
+        self.pod_actuated = Some(super::resources::effective(pod));
+        for (name, container) in &mut self.containers {
+            container.actuated = super::plan::find_container(pod, name).map(|c| Actuated::of(pod, c));
+        }
+    }
+
     /// The newest instance of a container.
     pub(crate) fn last(&self, container: &str) -> Option<&Instance> {
         self.containers.get(container)?.last.as_ref()
@@ -387,6 +396,22 @@ mod tests {
             });
         }
         assert_eq!(reads, 1);
+    }
+
+    #[test]
+    fn an_adopted_pod_has_what_its_spec_asks_for_so_that_a_resize_finds_what_differs() {
+        let of = |cpu: &str| {
+            super::super::fixtures::pod(serde_json::json!({"containers": [
+                {"name": "c", "resources": {"limits": {"cpu": cpu}, "requests": {"cpu": cpu}}}]}))
+        };
+        let mut record = PodRecord::default();
+        observed(&mut record, vec![container("c", "id0", 0, running(10))]);
+        record.adopt(&of("1"));
+        let has = record.containers["c"].actuated.clone().unwrap();
+        assert_eq!(
+            (has.sizes.cpu_limit, record.allocated),
+            (1000, Some(Allocation::of(&of("1"))))
+        );
     }
 
     #[test]

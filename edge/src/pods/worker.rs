@@ -205,7 +205,7 @@ impl Worker {
 
     /// One complete look at a pod that should run.
     async fn sync(&mut self, wished: &Pod) -> Result<(), SyncError> {
-        self.begin(wished)?;
+        self.begin(wished);
         self.features = self.shared.runtime.features().await;
         self.look(wished).await?;
         if self.record.end.is_some() {
@@ -254,14 +254,13 @@ impl Worker {
         self.publish(pod, false).await
     }
 
-    fn begin(&mut self, pod: &Pod) -> Result<(), SyncError> {
+    /// Notes a new pod; what comes of its admission is saved with that.
+    fn begin(&mut self, pod: &Pod) {
         if self.record.start_time.is_none() {
             self.record.start_time = Some(self.shared.clock.now());
             self.record.namespace = pod.metadata.namespace.clone().unwrap_or_default();
             self.record.name = pod.metadata.name.clone().unwrap_or_default();
-            self.save()?;
         }
-        Ok(())
     }
 
     /// Looks at the runtime and merges it into the record.
