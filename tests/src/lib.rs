@@ -16,6 +16,7 @@ pub mod modbus;
 pub mod namespace;
 pub mod pods;
 pub mod process;
+pub mod registry;
 pub mod relay;
 pub mod runner;
 pub mod site;

@@ -1,7 +1,6 @@
 //! Sandboxes and containers as a pod's spec wants them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,9 +9,9 @@ use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use super::backoff::Backoff;
 use super::config;
 use super::env::{self, ConfigError, Facts};
+use super::env_files;
 use super::events::Level;
 use super::images::{self, Outcome, Request};
-use super::message::message_file;
 use super::network;
 use super::objects::Objects;
 use super::plan::{backoff_key, inits, regulars, spec_hash};
@@ -20,11 +19,10 @@ use super::record::{Ended, State};
 use super::resources;
 use super::security;
 use super::status::Waiting;
-use super::volumes::{Subpath, prepare_subpath};
 use super::worker::{SyncError, Worker, grace};
 use super::{ephemeral, hooks};
 use crate::runtime::{
-    self, ContainerConfig, Mount, NamespaceOptions, Propagation, RuntimeError, SandboxConfig, labels,
+    self, ContainerConfig, ImageMount, NamespaceOptions, RuntimeError, SandboxConfig, labels,
 };
 
 impl Worker {
@@ -187,7 +185,11 @@ impl Worker {
             }
         };
         let image = self.shared.runtime.image_status(&image_ref).await.ok().flatten();
-        let prepared = self.container_config(pod, container, restart_count, image_ref, image.as_ref());
+        let Some(images) = self.image_volumes(pod, container).await else {
+            return Ok(false);
+        };
+        let prepared =
+            self.container_config(pod, container, restart_count, image_ref, image.as_ref(), &images);
         let config = match prepared {
             Ok(config) => config,
             Err(ConfigError(message)) => {
@@ -303,7 +305,7 @@ impl Worker {
         Ok(())
     }
 
-    async fn fail(&mut self, pod: &Pod, container: &str, reason: &str, message: String) {
+    pub(super) async fn fail(&mut self, pod: &Pod, container: &str, reason: &str, message: String) {
         self.shared
             .events
             .emit(
@@ -327,10 +329,19 @@ impl Worker {
     /// The container's image reference, once it is there.
     async fn image(&mut self, pod: &Pod, container: &Container) -> Option<String> {
         let image = container.image.as_deref().unwrap_or_default();
-        let policy = container
-            .image_pull_policy
-            .as_deref()
-            .unwrap_or_else(|| images::default_policy(image));
+        self.image_of(pod, container, image, container.image_pull_policy.as_deref())
+            .await
+    }
+
+    /// The reference of an image that the container needs, its own or one of its volumes', once it is there.
+    pub(super) async fn image_of(
+        &mut self,
+        pod: &Pod,
+        container: &Container,
+        image: &str,
+        policy: Option<&str>,
+    ) -> Option<String> {
+        let policy = policy.unwrap_or_else(|| images::default_policy(image));
         let waker = self.waker.clone();
         let request = Request {
             pod,
@@ -344,7 +355,8 @@ impl Worker {
             Outcome::Ready(reference) => Some(reference),
             Outcome::Pulling => None,
             Outcome::Failed(waiting, again) => {
-                if let Some(reference) = self.known_image(container).await {
+                let own = container.image.as_deref() == Some(image);
+                if own && let Some(reference) = self.known_image(container).await {
                     let message = format!(
                         "Image \"{image}\" cannot be pulled ({}); the copy that this container ran before is used",
                         waiting.message
@@ -428,6 +440,7 @@ impl Worker {
         restart_count: u32,
         image_ref: String,
         image: Option<&runtime::Image>,
+        images: &BTreeMap<String, ImageMount>,
     ) -> Result<ContainerConfig, ConfigError> {
         let ips = self.pod_ips();
         let objects = &self.shared.store;
@@ -437,6 +450,7 @@ impl Worker {
             pod_ips: &ips,
             objects,
         };
+        let container = &env_files::resolved(container, &self.volumes)?;
         let env = env::environment(&facts, container)?;
         let known: HashMap<String, String> = env.iter().cloned().collect();
         let expand = |list: &Option<Vec<String>>| -> Vec<String> {
@@ -467,7 +481,7 @@ impl Worker {
             command: expand(&container.command),
             args: expand(&container.args),
             working_dir: container.working_dir.clone().unwrap_or_default(),
-            mounts: self.mounts(pod, container, restart_count, &known, message_path)?,
+            mounts: self.mounts(pod, container, restart_count, &known, message_path, images)?,
             env,
             labels: self.labels(pod, Some(&container.name)),
             annotations: annotations.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
@@ -487,7 +501,7 @@ impl Worker {
                 self.shared.groups.memory_capacity,
                 &self.shared.groups.kernel,
             ),
-            devices: Vec::new(),
+            devices: self.devices(pod, container)?,
             security: security::security(
                 pod,
                 container,
@@ -496,86 +510,5 @@ impl Worker {
                 &self.shared.config.seccomp_dir,
             )?,
         })
-    }
-
-    fn mounts(
-        &self,
-        pod: &Pod,
-        container: &Container,
-        restart_count: u32,
-        known: &HashMap<String, String>,
-        message_path: &str,
-    ) -> Result<Vec<Mount>, ConfigError> {
-        let dir = self.pod_dir();
-        let handler = security::runtime_handler(pod, &self.shared.store).map_err(ConfigError)?;
-        let handler = self.features.handler(&handler);
-        let mut mounts = Vec::new();
-        for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
-            let volume = self.volumes.get(&mount.name).ok_or_else(|| {
-                ConfigError(format!(
-                    "volume {} of container {} is not mounted",
-                    mount.name, container.name
-                ))
-            })?;
-            let sub = match (&mount.sub_path, &mount.sub_path_expr) {
-                (Some(path), _) if !path.is_empty() => Some(path.clone()),
-                (_, Some(expr)) if !expr.is_empty() => Some(env::expand(expr, known)),
-                _ => None,
-            };
-            let host_path = match sub {
-                None => volume.clone(),
-                Some(path) => {
-                    let target = dir
-                        .join("volume-subpaths")
-                        .join(&mount.name)
-                        .join(&container.name)
-                        .join(index.to_string());
-                    prepare_subpath(&Subpath {
-                        volume,
-                        path: &path,
-                        target: &target,
-                    })
-                    .map_err(ConfigError)?
-                }
-            };
-            mounts.push(Mount {
-                container_path: mount.mount_path.clone(),
-                host_path,
-                readonly: mount.read_only.unwrap_or(false),
-                recursive_readonly: security::recursive_readonly(mount, handler.recursive_readonly)?,
-                propagation: match mount.mount_propagation.as_deref() {
-                    Some("HostToContainer") => Propagation::HostToContainer,
-                    Some("Bidirectional") => Propagation::Bidirectional,
-                    _ => Propagation::Private,
-                },
-                ..Mount::default()
-            });
-        }
-        let io = |path: &Path, e: std::io::Error| ConfigError(format!("{}: {e}", path.display()));
-        let own_hosts = mounts.iter().any(|m| m.container_path == "/etc/hosts");
-        if !own_hosts && self.shared.runtime.isolated() {
-            let path = dir.join("etc-hosts");
-            let node = std::fs::read_to_string("/etc/hosts").unwrap_or_default();
-            let text = network::hosts_file(pod, &self.pod_ips(), &self.shared.config.cluster_domain, &node);
-            std::fs::write(&path, text).map_err(|e| io(&path, e))?;
-            mounts.push(Mount {
-                container_path: "/etc/hosts".to_owned(),
-                host_path: path,
-                ..Mount::default()
-            });
-        }
-        let path = message_file(&dir, &container.name, restart_count);
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(|e| io(parent, e))?;
-        }
-        std::fs::write(&path, b"").map_err(|e| io(&path, e))?;
-        // The container may run as any user.
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).map_err(|e| io(&path, e))?;
-        mounts.push(Mount {
-            container_path: message_path.to_owned(),
-            host_path: path,
-            ..Mount::default()
-        });
-        Ok(mounts)
     }
 }

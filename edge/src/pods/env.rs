@@ -263,6 +263,24 @@ pub(crate) fn expand(text: &str, known: &HashMap<String, String>) -> String {
     out
 }
 
+/// The names that an expansion would look for and not find, or find empty; sorted, each once.
+pub(crate) fn missing(text: &str, known: &HashMap<String, String>) -> Vec<String> {
+    let mut names = std::collections::BTreeSet::new();
+    let mut rest = text;
+    while let Some(at) = rest.find('$') {
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix('$') {
+            rest = after;
+        } else if let Some((name, after)) = rest.strip_prefix('(').and_then(|r| r.split_once(')')) {
+            if known.get(name).is_none_or(String::is_empty) {
+                names.insert(name.to_owned());
+            }
+            rest = after;
+        }
+    }
+    names.into_iter().collect()
+}
+
 /// Variables that name the namespace's Services, and always `default/kubernetes`.
 fn service_environment(namespace: &str, services: &[Service], links: bool) -> Vec<(String, String)> {
     let mut chosen = BTreeMap::<&str, &Service>::new();

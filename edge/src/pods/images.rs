@@ -1,13 +1,15 @@
 //! Images of pods: pull policy, back-off, credentials; pulls run in the background, a few at a time.
 
+mod access;
+mod credentials;
+mod reference;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use base64::Engine;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, Secret};
-use serde::Deserialize;
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::Semaphore;
 
 use super::backoff::Backoff;
@@ -15,7 +17,14 @@ use super::events::{Events, Level};
 use super::starts::Starts;
 use super::status::Waiting;
 use crate::clock::Clock;
-use crate::runtime::{RegistryAuth, Runtime};
+use crate::runtime::Runtime;
+use crate::store::Store;
+use access::{Access, Brought, Source};
+
+pub(crate) use credentials::{Credential, credentials};
+
+/// How often a pull that takes long is reported.
+const PROGRESS: Duration = Duration::from_secs(60);
 
 /// What a container that needs its image is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +48,7 @@ pub(crate) struct Request<'a> {
     /// `Always`, `IfNotPresent`, `Never`.
     pub(crate) policy: &'a str,
     /// Credentials, best match first.
-    pub(crate) auths: Vec<RegistryAuth>,
+    pub(crate) auths: Vec<Credential>,
     /// Called when a pull is over.
     pub(crate) wake: Arc<dyn Fn() + Send + Sync>,
 }
@@ -51,6 +60,7 @@ pub(crate) struct Images {
     clock: Arc<dyn Clock>,
     slots: Arc<Semaphore>,
     starts: Starts,
+    access: Arc<Access>,
     pulls: Arc<Mutex<HashMap<(String, String), Pull>>>,
 }
 
@@ -69,6 +79,7 @@ impl Images {
         runtime: Arc<dyn Runtime>,
         events: Events,
         clock: Arc<dyn Clock>,
+        store: Store,
         parallel: usize,
         starts: Starts,
     ) -> Self {
@@ -78,6 +89,7 @@ impl Images {
             clock,
             slots: Arc::new(Semaphore::new(parallel.max(1))),
             starts,
+            access: Arc::new(Access::new(store)),
             pulls: Arc::default(),
         }
     }
@@ -91,81 +103,74 @@ impl Images {
             policy,
             ..
         } = request;
-        if image.is_empty() || image.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            let message = format!("Failed to apply default image tag \"{image}\": couldn't parse image name");
-            self.events
-                .emit(
-                    pod,
-                    Some(container),
-                    Level::Warning,
-                    "InspectFailed",
-                    message.clone(),
-                )
-                .await;
-            return failed("InvalidImageName", message, None);
-        }
+        let tagged = match reference::tagged(image) {
+            Ok(tagged) => tagged,
+            Err(why) => {
+                let message = format!("Failed to apply default image tag \"{image}\": {why}");
+                self.say(pod, container, Level::Warning, "InspectFailed", &message)
+                    .await;
+                return failed("InvalidImageName", message, None);
+            }
+        };
         let key = (pod.metadata.uid.clone().unwrap_or_default(), image.to_owned());
         match self.take(&key) {
             Taken::Running => return Outcome::Pulling,
             Taken::Done(Ok(reference)) => return Outcome::Ready(reference),
             Taken::Done(Err(message)) => {
-                return failed("ErrImagePull", message, Some(Duration::from_secs(1)));
+                let (reason, message) = pull_failure(image, &message);
+                return failed(reason, message, Some(Duration::from_secs(1)));
             }
             Taken::Nothing => {}
         }
-        let present = match self.runtime.image_status(image).await {
+        let present = match self.runtime.image_status(&tagged).await {
             Ok(present) => present,
             Err(error) => {
                 let message = format!("Failed to inspect image \"{image}\": {error}");
-                self.events
-                    .emit(
-                        pod,
-                        Some(container),
-                        Level::Warning,
-                        "InspectFailed",
-                        message.clone(),
-                    )
+                self.say(pod, container, Level::Warning, "InspectFailed", &message)
                     .await;
                 return failed("ImageInspectError", message, Some(Duration::from_secs(10)));
             }
         };
-        if let Some(found) = present
+        // What another pod's Secret has brought here is not there for this one.
+        let sources: Vec<Source> = request.auths.iter().map(|c| c.source.clone()).collect();
+        if let Some(found) = present.filter(|found| self.access.may_use(image, &found.id, &sources))
             && policy != "Always"
         {
             let message = format!(
                 "Container image \"{image}\" already present on machine and can be accessed by the pod"
             );
-            self.events
-                .emit(pod, Some(container), Level::Normal, "Pulled", message)
-                .await;
+            self.say(pod, container, Level::Normal, "Pulled", &message).await;
             return Outcome::Ready(found.id);
         }
         if policy == "Never" {
             let message = format!("Container image \"{image}\" is not present with pull policy of Never");
-            self.events
-                .emit(
-                    pod,
-                    Some(container),
-                    Level::Warning,
-                    "ErrImageNeverPull",
-                    message.clone(),
-                )
+            self.say(pod, container, Level::Warning, "ErrImageNeverPull", &message)
                 .await;
             return failed("ErrImageNeverPull", message, Some(Duration::from_secs(10)));
         }
         if let Some((remaining, error)) = self.backing_off(&key) {
             let message = format!("Back-off pulling image \"{image}\"");
-            self.events
-                .emit(pod, Some(container), Level::Normal, "BackOff", message.clone())
-                .await;
+            self.say(pod, container, Level::Normal, "BackOff", &message).await;
+            let (reason, why) = pull_failure(image, &error);
             return failed(
                 "ImagePullBackOff",
-                format!("{message}: ErrImagePull: {error}"),
+                format!("{message}: {reason}: {why}"),
                 Some(remaining),
             );
         }
-        self.start(key, request).await;
+        if let Err(error) = self.access.begin(image) {
+            let message =
+                format!("Failed to record image pull intent for container image \"{image}\": {error}");
+            return failed("ErrImagePull", message, Some(Duration::from_secs(10)));
+        }
+        self.start(key, tagged, request).await;
         Outcome::Pulling
+    }
+
+    async fn say(&self, pod: &Pod, container: &str, level: Level, reason: &str, message: &str) {
+        self.events
+            .emit(pod, Some(container), level, reason, message.to_owned())
+            .await;
     }
 
     /// Forgets the pulls of a pod that is gone.
@@ -198,7 +203,8 @@ impl Images {
         Some((remaining, pull.error.clone()))
     }
 
-    async fn start(&self, key: (String, String), request: Request<'_>) {
+    /// Fetches `tagged` in the background; the fetch has been written down.
+    async fn start(&self, key: (String, String), tagged: String, request: Request<'_>) {
         self.lock().entry(key.clone()).or_default().running = true;
         let (pod, container, image) = (
             request.pod.clone(),
@@ -210,6 +216,7 @@ impl Images {
             .emit(&pod, Some(&container), Level::Normal, "Pulling", message)
             .await;
         let (runtime, events, slots) = (self.runtime.clone(), self.events.clone(), self.slots.clone());
+        let access = self.access.clone();
         let (clock, pulls, auths, wake) = (
             self.clock.clone(),
             self.pulls.clone(),
@@ -219,27 +226,42 @@ impl Images {
         let starts = self.starts.clone();
         tokio::spawn(async move {
             let asked = tokio::time::Instant::now();
-            let slot = slots.acquire().await;
-            let began = tokio::time::Instant::now();
-            let result = pull(runtime.as_ref(), &image, &auths).await;
-            drop(slot);
-            starts.pulled(&key.0, asked.elapsed());
-            let size = match &result {
-                Ok(_) => runtime
-                    .image_status(&image)
-                    .await
-                    .ok()
-                    .flatten()
-                    .map_or(0, |i| i.size_bytes),
-                Err(_) => 0,
+            let work = async {
+                let slot = slots.acquire().await;
+                let began = tokio::time::Instant::now();
+                let result = pull(runtime.as_ref(), &tagged, &auths).await;
+                drop(slot);
+                (result, began.elapsed())
             };
+            let progress = report_progress(&events, &pod, &container, &image);
+            let (result, took) = tokio::select! {
+                done = work => done,
+                () = progress => return,
+            };
+            starts.pulled(&key.0, asked.elapsed());
+            let present = match &result {
+                Ok(_) => runtime.image_status(&tagged).await.ok().flatten(),
+                Err(_) => None,
+            };
+            let size = present.as_ref().map_or(0, |i| i.size_bytes);
+            let names: Vec<String> = present
+                .iter()
+                .flat_map(|i| i.tags.iter().chain(&i.digests).cloned())
+                .collect();
+            let brought = result.as_ref().ok().map(|(reference, source)| Brought {
+                id: present.as_ref().map_or(reference.as_str(), |i| i.id.as_str()),
+                names: &names,
+                source: source.as_ref(),
+            });
+            access.end(&image, brought);
+            let result = result.map(|(reference, _)| reference);
             let (level, reason, message) = match &result {
                 Ok(_) => (
                     Level::Normal,
                     "Pulled",
                     format!(
                         "Successfully pulled image \"{image}\" in {} ({} including waiting). Image size: {size} bytes.",
-                        seconds(began.elapsed()),
+                        seconds(took),
                         seconds(asked.elapsed())
                     ),
                 ),
@@ -297,16 +319,49 @@ fn seconds(duration: Duration) -> String {
     }
 }
 
-/// Tries every credential, then none.
-async fn pull(runtime: &dyn Runtime, image: &str, auths: &[RegistryAuth]) -> Result<String, String> {
+/// Says now and then that a pull goes on. Never ends.
+async fn report_progress(events: &Events, pod: &Pod, container: &str, image: &str) {
+    let began = tokio::time::Instant::now();
+    loop {
+        tokio::time::sleep(PROGRESS).await;
+        let minutes = began.elapsed().as_secs() / 60;
+        let message = format!("Still pulling image \"{image}\" after {minutes}m");
+        events
+            .emit(pod, Some(container), Level::Normal, "Pulling", message)
+            .await;
+    }
+}
+
+/// Tries every credential in turn, or none where there are none; answers the reference and what was used.
+async fn pull(
+    runtime: &dyn Runtime,
+    image: &str,
+    auths: &[Credential],
+) -> Result<(String, Option<Source>), String> {
     let mut last = None;
-    for auth in auths.iter().map(Some).chain(auths.is_empty().then_some(None)) {
-        match runtime.pull_image(image, auth).await {
-            Ok(reference) => return Ok(reference),
+    for credential in auths.iter().map(Some).chain(auths.is_empty().then_some(None)) {
+        match runtime.pull_image(image, credential.map(|c| &c.auth)).await {
+            Ok(reference) => return Ok((reference, credential.map(|c| c.source.clone()))),
             Err(error) => last = Some(error.to_string()),
         }
     }
     Err(last.unwrap_or_default())
+}
+
+/// Reason and message of a failed pull. Engines name two causes by a word at the beginning.
+fn pull_failure(image: &str, error: &str) -> (&'static str, String) {
+    for (word, what) in [
+        ("RegistryUnavailable", "the registry is unavailable"),
+        ("SignatureValidationFailed", "the signature validation failed"),
+    ] {
+        if let Some((_, rest)) = error.split_once(word) {
+            return (
+                word,
+                format!("image pull failed for {image} because {what}{rest}"),
+            );
+        }
+    }
+    ("ErrImagePull", error.to_owned())
 }
 
 /// `Always` for `:latest` or no tag, else `IfNotPresent`.
@@ -321,106 +376,9 @@ pub(crate) fn default_policy(image: &str) -> &'static str {
     }
 }
 
-#[derive(Deserialize, Default)]
-struct DockerAuth {
-    #[serde(default)]
-    username: String,
-    #[serde(default)]
-    password: String,
-    #[serde(default)]
-    auth: String,
-    #[serde(default, rename = "identitytoken")]
-    identity_token: String,
-}
-
-#[derive(Deserialize)]
-struct DockerConfig {
-    auths: HashMap<String, DockerAuth>,
-}
-
-/// The credentials in pull secrets that match an image, longest match first.
-pub(crate) fn credentials(image: &str, secrets: &[Secret]) -> Vec<RegistryAuth> {
-    let mut found = Vec::new();
-    for secret in secrets {
-        let Some(data) = &secret.data else { continue };
-        let auths = if let Some(json) = data.get(".dockerconfigjson") {
-            serde_json::from_slice::<DockerConfig>(&json.0).map(|c| c.auths)
-        } else if let Some(json) = data.get(".dockercfg") {
-            serde_json::from_slice::<HashMap<String, DockerAuth>>(&json.0)
-        } else {
-            continue;
-        };
-        let auths = auths.unwrap_or_else(|error| {
-            let name = secret.metadata.name.as_deref().unwrap_or_default();
-            tracing::warn!(secret = name, %error, "a pull secret is not JSON");
-            HashMap::new()
-        });
-        for (registry, auth) in auths {
-            if let Some(length) = matches(image, &registry) {
-                found.push((length, decode_auth(auth)));
-            }
-        }
-    }
-    found.sort_by_key(|(length, _)| std::cmp::Reverse(*length));
-    found.into_iter().map(|(_, auth)| auth).collect()
-}
-
-fn decode_auth(auth: DockerAuth) -> RegistryAuth {
-    let pair = base64::engine::general_purpose::STANDARD
-        .decode(auth.auth.trim())
-        .ok()
-        .and_then(|bytes| String::from_utf8(bytes).ok())
-        .and_then(|text| text.split_once(':').map(|(u, p)| (u.to_owned(), p.to_owned())));
-    let (username, password) = match pair {
-        Some(pair) if auth.username.is_empty() => pair,
-        _ => (auth.username, auth.password),
-    };
-    RegistryAuth {
-        username,
-        password,
-        identity_token: auth.identity_token,
-    }
-}
-
-/// Length of the match of a credential's registry (with or without a path) on an image.
-fn matches(image: &str, registry: &str) -> Option<usize> {
-    let bare = registry
-        .trim_start_matches("https://")
-        .trim_start_matches("http://")
-        .trim_end_matches('/');
-    let bare = match bare.split_once("/v1").or_else(|| bare.split_once("/v2")) {
-        Some((host, "")) => host,
-        _ => bare,
-    };
-    let bare = if bare == "index.docker.io" {
-        "docker.io"
-    } else {
-        bare
-    };
-    let first = image.split('/').next().unwrap_or_default();
-    let has_host = image.contains('/') && (first.contains(['.', ':']) || first == "localhost");
-    let full = if has_host {
-        image.to_owned()
-    } else {
-        format!("docker.io/{image}")
-    };
-    let rest = if let Some(suffix) = bare.strip_prefix("*.") {
-        let (host, path) = full.split_once('/')?;
-        let (left, right) = host.split_once('.')?;
-        if left.is_empty() || right != suffix {
-            return None;
-        }
-        path
-    } else {
-        full.strip_prefix(bare)?
-    };
-    (rest.is_empty() || bare.starts_with("*.") || rest.starts_with(['/', ':', '@'])).then_some(bare.len())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn the_default_policy_follows_the_tag() {
@@ -435,30 +393,15 @@ mod tests {
         }
     }
 
-    fn secret(config: serde_json::Value) -> Secret {
-        let text = base64::engine::general_purpose::STANDARD.encode(config.to_string());
-        serde_json::from_value(json!({"data": {".dockerconfigjson": text}})).unwrap()
-    }
-
     #[test]
-    fn the_longest_matching_credential_comes_first() {
-        let secret = secret(json!({"auths": {
-            "r.example": {"username": "short", "password": "p"},
-            "r.example/team": {"auth": base64::engine::general_purpose::STANDARD.encode("long:a:b")},
-            "other.example": {"username": "x", "password": "y"}}}));
-        let auths = credentials("r.example/team/app:1", &[secret]);
-        let names: Vec<_> = auths
-            .iter()
-            .map(|a| (a.username.as_str(), a.password.as_str()))
-            .collect();
-        assert_eq!(names, [("long", "a:b"), ("short", "p")]);
-    }
-
-    #[test]
-    fn a_credential_of_a_similar_host_does_not_match() {
-        assert_eq!(matches("r.example.evil/app", "r.example"), None);
-        assert_eq!(matches("a.b.r.example/app", "*.r.example"), None);
-        assert!(matches("a.r.example/app", "*.r.example").is_some());
-        assert!(matches("busybox", "https://index.docker.io/v1/").is_some());
+    fn the_causes_that_an_engine_names_become_the_reason() {
+        assert_eq!(
+            pull_failure("a:1", "image a:1: RegistryUnavailable: no route"),
+            (
+                "RegistryUnavailable",
+                "image pull failed for a:1 because the registry is unavailable: no route".to_owned()
+            )
+        );
+        assert_eq!(pull_failure("a:1", "x"), ("ErrImagePull", "x".to_owned()));
     }
 }

@@ -25,6 +25,7 @@ mod config;
 mod create;
 mod dead;
 mod env;
+mod env_files;
 mod ephemeral;
 mod events;
 #[cfg(test)]
@@ -35,6 +36,7 @@ mod httpget;
 mod images;
 mod ledger;
 mod message;
+mod mounts;
 mod needs;
 mod network;
 mod objects;
@@ -81,6 +83,7 @@ use worker::{Orders, Shared, Worker};
 
 pub use dead::DeadPolicy;
 pub use events::{Level, NodeEvents};
+pub use volumes::VolumeUse;
 
 /// The status of a pod that was last reported; `None` when none was.
 pub fn last_status(store: &Store, uid: &Uid) -> Option<PodStatus> {
@@ -185,6 +188,7 @@ impl Pods {
             runtime.clone(),
             events.clone(),
             clock.clone(),
+            store.clone(),
             config.parallel_pulls,
             starts.clone(),
         );
@@ -236,6 +240,12 @@ impl Pods {
     /// Emits events about the Node.
     pub fn node_events(&self) -> NodeEvents {
         NodeEvents(self.shared.events.clone())
+    }
+
+    /// What the pod's emptyDir volumes take now. Reads their trees: call it where blocking is allowed.
+    pub fn empty_dirs(&self, pod: &Pod) -> Vec<VolumeUse> {
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        volumes::measure_empty_dirs(pod, &self.shared.config.root_dir.join(uid))
     }
 
     /// Pods that have a worker.

@@ -1,6 +1,6 @@
 //! The API objects that pods refer to, as the store holds them.
 
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Secret, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Secret, Service};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -22,6 +22,14 @@ pub(crate) trait Objects: Send + Sync {
     fn node(&self) -> Option<Node>;
     /// A RuntimeClass by name.
     fn runtime_class(&self, _name: &str) -> Option<RuntimeClass> {
+        None
+    }
+    /// A PersistentVolumeClaim by name.
+    fn claim(&self, _namespace: &str, _name: &str) -> Option<PersistentVolumeClaim> {
+        None
+    }
+    /// A PersistentVolume by name.
+    fn persistent_volume(&self, _name: &str) -> Option<PersistentVolume> {
         None
     }
     /// A bound token, by `<pod UID>/<volume>/<path>`.
@@ -75,6 +83,14 @@ impl Objects for Store {
 
     fn runtime_class(&self, name: &str) -> Option<RuntimeClass> {
         decoded(self.find(Kind::RuntimeClass, "", name), name)
+    }
+
+    fn claim(&self, namespace: &str, name: &str) -> Option<PersistentVolumeClaim> {
+        decoded(self.find(Kind::PersistentVolumeClaim, namespace, name), name)
+    }
+
+    fn persistent_volume(&self, name: &str) -> Option<PersistentVolume> {
+        decoded(self.find(Kind::PersistentVolume, "", name), name)
     }
 
     fn token(&self, key: &str) -> Option<String> {

@@ -24,24 +24,12 @@ impl Worker {
         let asked = inits(pod).iter().chain(regulars(pod)).any(asks);
         let no_signals = asked && !self.knows_stop_signals().await;
         for container in inits(pod).iter().chain(regulars(pod)) {
-            let unsupported = [
-                (
-                    no_signals && asks(container),
-                    "lifecycle.stopSignal (it needs containerd 2.3 or newer)",
-                ),
-                (container.volume_devices.is_some(), "volumeDevices"),
-            ];
+            let unsupported = [(
+                no_signals && asks(container),
+                "lifecycle.stopSignal (it needs containerd 2.3 or newer)",
+            )];
             for (_, what) in unsupported.iter().filter(|(used, _)| *used) {
                 said.push((Some(container.name.clone()), (*what).to_owned()));
-            }
-        }
-        let spec = pod.spec.as_ref();
-        for (used, what) in [(
-            spec.is_some_and(|s| s.resource_claims.is_some()),
-            "resourceClaims",
-        )] {
-            if used {
-                said.push((None, what.to_owned()));
             }
         }
         for (container, what) in said {

@@ -383,6 +383,19 @@ impl Worker {
 
     /// Makes or refreshes the volumes; answers whether containers may start.
     async fn mount(&mut self, pod: &Pod) -> bool {
+        if let Some(message) = volumes::resource_claims(pod) {
+            self.shared
+                .events
+                .emit(
+                    pod,
+                    None,
+                    Level::Warning,
+                    "FailedPrepareDynamicResources",
+                    message,
+                )
+                .await;
+            return false;
+        }
         let ips = self.pod_ips();
         let facts = super::env::Facts {
             pod,
@@ -397,18 +410,15 @@ impl Worker {
             if !self.volumes.contains_key(&error.volume) {
                 self.shared
                     .events
-                    .emit(pod, None, Level::Warning, "FailedMount", error.to_string())
+                    .emit(pod, None, Level::Warning, error.event(), error.to_string())
                     .await;
             }
         }
         if !errors.is_empty() {
             self.again = self.again.min(RETRY);
         }
-        let mounted = |v: &k8s_openapi::api::core::v1::Volume| self.volumes.contains_key(&v.name);
-        pod.spec
-            .iter()
-            .flat_map(|s| s.volumes.iter().flatten())
-            .all(mounted)
+        let uses = volumes::Uses::of(pod);
+        volumes::used(pod, &uses).all(|v| self.volumes.contains_key(&v.name))
     }
 
     /// Does what was planned; answers whether another round makes sense.

@@ -9,13 +9,16 @@ mod churn;
 mod devices;
 mod duties;
 mod enrolment;
+mod images;
 mod kubelet_api;
 mod parallel;
 mod pods;
 mod programs;
 mod resources;
+mod security;
 mod store;
 mod streams;
+mod volumes;
 mod workloads;
 
 use std::process::ExitCode;
@@ -35,6 +38,9 @@ fn main() -> ExitCode {
         workloads::scenarios(),
         kubelet_api::scenarios(),
         parallel::scenarios(),
+        images::scenarios(),
+        volumes::scenarios(),
+        security::scenarios(),
         streams::scenarios(),
         programs::scenarios(),
     ];

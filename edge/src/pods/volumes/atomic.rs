@@ -15,6 +15,8 @@ pub(crate) struct Projected {
     pub(crate) data: Vec<u8>,
     /// Its mode.
     pub(crate) mode: u32,
+    /// The user that it belongs to, where that is not the daemon's.
+    pub(crate) owner: Option<u32>,
 }
 
 /// Files by relative path.
@@ -22,10 +24,12 @@ pub(crate) type Payload = BTreeMap<PathBuf, Projected>;
 
 /// Writes `payload` into `target`, which exists; nothing happens when it is there already. Answers whether it wrote.
 ///
-/// `prepare` sees the new directory before it becomes visible (ownership).
+/// `prepare` sees the new directory before it becomes visible (ownership). `keep` are places beside the files that are
+/// not the writer's: mount points of other volumes.
 pub(crate) fn write(
     target: &Path,
     payload: &Payload,
+    keep: &BTreeSet<PathBuf>,
     prepare: impl FnOnce(&Path) -> io::Result<()>,
 ) -> io::Result<bool> {
     for path in payload.keys() {
@@ -62,7 +66,7 @@ pub(crate) fn write(
     symlink(&name, &staged)?;
     std::fs::rename(&staged, &data)?;
     link_names(target, payload)?;
-    remove_stale(target, payload, &name)?;
+    remove_stale(target, payload, keep, &name)?;
     Ok(true)
 }
 
@@ -125,11 +129,16 @@ fn link_names(target: &Path, payload: &Payload) -> io::Result<()> {
     Ok(())
 }
 
-fn remove_stale(target: &Path, payload: &Payload, current: &str) -> io::Result<()> {
-    let keep = tops(payload);
+fn remove_stale(target: &Path, payload: &Payload, keep: &BTreeSet<PathBuf>, current: &str) -> io::Result<()> {
+    let mut names = tops(payload);
+    names.extend(
+        keep.iter()
+            .filter_map(|p| p.components().next())
+            .map(|c| c.as_os_str()),
+    );
     for entry in std::fs::read_dir(target)?.flatten() {
         let name = entry.file_name();
-        if name == "..data" || name.to_string_lossy() == current || keep.contains(name.as_os_str()) {
+        if name == "..data" || name.to_string_lossy() == current || names.contains(name.as_os_str()) {
             continue;
         }
         if entry.file_type()?.is_dir() {
@@ -154,6 +163,7 @@ mod tests {
                     Projected {
                         data: text.as_bytes().to_vec(),
                         mode: 0o644,
+                        owner: None,
                     },
                 )
             })
@@ -164,10 +174,18 @@ mod tests {
     fn a_change_replaces_every_file_and_drops_what_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path();
-        assert!(write(target, &payload(&[("a", "1"), ("d/b", "2")]), |_| Ok(())).unwrap());
+        assert!(
+            write(
+                target,
+                &payload(&[("a", "1"), ("d/b", "2")]),
+                &BTreeSet::new(),
+                |_| Ok(())
+            )
+            .unwrap()
+        );
         assert_eq!(std::fs::read_to_string(target.join("d/b")).unwrap(), "2");
         let before = std::fs::read_link(target.join("..data")).unwrap();
-        assert!(write(target, &payload(&[("a", "3")]), |_| Ok(())).unwrap());
+        assert!(write(target, &payload(&[("a", "3")]), &BTreeSet::new(), |_| Ok(())).unwrap());
         assert_eq!(std::fs::read_to_string(target.join("a")).unwrap(), "3");
         assert!(!target.join("d").exists());
         assert!(!target.join(before).exists());
@@ -176,8 +194,8 @@ mod tests {
     #[test]
     fn the_same_content_is_not_written_again() {
         let dir = tempfile::tempdir().unwrap();
-        write(dir.path(), &payload(&[("a", "1")]), |_| Ok(())).unwrap();
-        assert!(!write(dir.path(), &payload(&[("a", "1")]), |_| Ok(())).unwrap());
+        write(dir.path(), &payload(&[("a", "1")]), &BTreeSet::new(), |_| Ok(())).unwrap();
+        assert!(!write(dir.path(), &payload(&[("a", "1")]), &BTreeSet::new(), |_| Ok(())).unwrap());
     }
 
     #[test]
@@ -185,7 +203,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for path in ["../x", "/x", "a/../../x", "..data", ""] {
             assert!(
-                write(dir.path(), &payload(&[(path, "1")]), |_| Ok(())).is_err(),
+                write(dir.path(), &payload(&[(path, "1")]), &BTreeSet::new(), |_| Ok(())).is_err(),
                 "{path}"
             );
         }

@@ -5,10 +5,8 @@ use std::path::{Path, PathBuf};
 
 /// Checks a host path by its type and makes it where the type says so.
 pub(super) fn check(path: &str, kind: &str) -> Result<PathBuf, String> {
-    let place = Path::new(path);
-    if !place.is_absolute() || path.split('/').any(|part| part == "..") {
-        return Err(format!("hostPath {path} must be absolute and without \"..\""));
-    }
+    let place = plain(path)?;
+    let place = place.as_path();
     let make = |result: std::io::Result<()>| result.map_err(|e| format!("hostPath {path}: {e}"));
     match kind {
         "DirectoryOrCreate" if !place.exists() => {
@@ -52,12 +50,20 @@ pub(super) fn check(path: &str, kind: &str) -> Result<PathBuf, String> {
     let wanted = match kind {
         "Directory" | "DirectoryOrCreate" => "a directory",
         "File" | "FileOrCreate" => "a file",
-        "Socket" => "a socket",
+        "Socket" => "a socket file",
         "CharDevice" => "a character device",
         "BlockDevice" => "a block device",
-        other => return Err(format!("hostPath type {other} is unknown")),
+        other => return Err(format!("{other} is an invalid volume type")),
     };
     Err(format!("hostPath type check failed: {path} is not {wanted}"))
+}
+
+/// A path of the host that says where it leads: absolute and without "..".
+pub(super) fn plain(path: &str) -> Result<PathBuf, String> {
+    if !Path::new(path).is_absolute() || path.split('/').any(|part| part == "..") {
+        return Err(format!("the path {path} must be absolute and without \"..\""));
+    }
+    Ok(PathBuf::from(path))
 }
 
 #[cfg(test)]

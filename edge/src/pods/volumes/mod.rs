@@ -8,31 +8,95 @@
 //! [`remove`] never follows a link or crosses into a mount that it could not unmount.
 
 mod atomic;
+mod claim;
+mod empty_dir;
 mod hostpath;
+mod owner;
 mod projected;
 mod subpath;
+mod unsupported;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use k8s_openapi::api::core::v1::{Pod, Volume};
+use k8s_openapi::api::core::v1::{Container, Pod, Volume, VolumeMount};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::env::Facts;
-use super::quantity;
+use super::plan::{inits, regulars};
+use owner::FsGroup;
 
+pub use empty_dir::VolumeUse;
+pub(crate) use empty_dir::measure as measure_empty_dirs;
 pub(crate) use subpath::{Subpath, prepare as prepare_subpath};
+pub(crate) use unsupported::resource_claims;
 
-/// Why a volume is not there: a Warning `FailedMount`, and the pod waits.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("MountVolume.SetUp failed for volume \"{volume}\" : {reason}")]
+/// Why a volume is not there: a Warning event, and the pod waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct VolumeError {
     /// The volume's name in the pod.
     pub(crate) volume: String,
-    /// Why.
-    pub(crate) reason: String,
+    /// Where it failed, and why.
+    pub(crate) failure: Failure,
+}
+
+/// The step of a kubelet's work at which a volume failed; each with its reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// It could not be made, filled or mounted.
+    SetUp(String),
+    /// What it names is not there.
+    NewMounter(String),
+    /// It belongs to another node.
+    NodeAffinity(String),
+    /// It could not be offered as a block device.
+    MapVolume(String),
+    /// It is not known yet what it stands for.
+    Unprocessed(String),
+}
+
+impl VolumeError {
+    /// Reason of the event.
+    pub(crate) fn event(&self) -> &'static str {
+        match self.failure {
+            Failure::MapVolume(_) => "FailedMapVolume",
+            _ => "FailedMount",
+        }
+    }
+}
+
+impl std::error::Error for VolumeError {}
+
+impl fmt::Display for VolumeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = &self.volume;
+        match &self.failure {
+            Failure::SetUp(why) => write!(f, "MountVolume.SetUp failed for volume \"{name}\" : {why}"),
+            Failure::NewMounter(why) => {
+                write!(
+                    f,
+                    "MountVolume.NewMounter initialization failed for volume \"{name}\" : {why}"
+                )
+            }
+            Failure::NodeAffinity(why) => {
+                write!(
+                    f,
+                    "MountVolume.NodeAffinity check failed for volume \"{name}\" : {why}"
+                )
+            }
+            Failure::MapVolume(why) => {
+                write!(f, "MapVolume.MapPodDevice failed for volume \"{name}\" : {why}")
+            }
+            Failure::Unprocessed(why) => write!(
+                f,
+                "Unable to attach or mount volumes: unmounted volumes=[{name}], unattached volumes=[], failed to \
+                 process volumes=[{name}]: {why}"
+            ),
+        }
+    }
 }
 
 /// The daemon runs with the powers to mount.
@@ -40,73 +104,207 @@ pub(crate) fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Makes or refreshes every volume; answers host paths by volume name and what failed.
+/// The volumes that a pod's containers use. A volume that none uses is not made, and cannot hold the pod back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Uses {
+    /// As files.
+    pub(crate) mounts: BTreeSet<String>,
+    /// As devices.
+    pub(crate) devices: BTreeSet<String>,
+}
+
+impl Uses {
+    /// Reads them from a pod.
+    pub(crate) fn of(pod: &Pod) -> Self {
+        let mut uses = Self::default();
+        for container in inits(pod).iter().chain(regulars(pod)) {
+            uses.container(container);
+        }
+        let ephemeral = pod
+            .spec
+            .iter()
+            .flat_map(|s| s.ephemeral_containers.iter().flatten());
+        for mount in ephemeral.flat_map(|c| c.volume_mounts.iter().flatten()) {
+            uses.mounts.insert(mount.name.clone());
+        }
+        uses
+    }
+
+    fn container(&mut self, container: &Container) {
+        let mounts = container.volume_mounts.iter().flatten().map(|m| m.name.clone());
+        let files = container
+            .env
+            .iter()
+            .flatten()
+            .filter_map(|e| e.value_from.as_ref()?.file_key_ref.as_ref())
+            .map(|f| f.volume_name.clone());
+        self.mounts.extend(mounts.chain(files));
+        let devices = container.volume_devices.iter().flatten().map(|d| d.name.clone());
+        self.devices.extend(devices);
+    }
+
+    /// Some container uses the volume.
+    pub(crate) fn contains(&self, volume: &str) -> bool {
+        self.mounts.contains(volume) || self.devices.contains(volume)
+    }
+}
+
+/// The volumes of a pod that its containers use.
+pub(crate) fn used<'a>(pod: &'a Pod, uses: &'a Uses) -> impl Iterator<Item = &'a Volume> {
+    pod.spec
+        .iter()
+        .flat_map(|s| s.volumes.iter().flatten())
+        .filter(|v| uses.contains(&v.name))
+}
+
+/// Makes or refreshes every volume that is used; answers host paths by volume name and what failed. An image has no
+/// host path: its path is empty.
 pub(crate) fn set_up(facts: &Facts<'_>, pod_dir: &Path) -> (BTreeMap<String, PathBuf>, Vec<VolumeError>) {
     let mut paths = BTreeMap::new();
     let mut errors = Vec::new();
-    for volume in facts.pod.spec.iter().flat_map(|s| s.volumes.iter().flatten()) {
-        match one(facts, volume, pod_dir) {
+    let uses = Uses::of(facts.pod);
+    for volume in used(facts.pod, &uses) {
+        match one(facts, volume, pod_dir, &uses) {
             Ok(path) => {
                 paths.insert(volume.name.clone(), path);
             }
-            Err(reason) => errors.push(VolumeError {
+            Err(failure) => errors.push(VolumeError {
                 volume: volume.name.clone(),
-                reason,
+                failure,
             }),
         }
     }
     (paths, errors)
 }
 
-fn one(facts: &Facts<'_>, volume: &Volume, pod_dir: &Path) -> Result<PathBuf, String> {
+fn one(facts: &Facts<'_>, volume: &Volume, pod_dir: &Path, uses: &Uses) -> Result<PathBuf, Failure> {
     if let Some(source) = &volume.host_path {
-        return hostpath::check(&source.path, source.type_.as_deref().unwrap_or_default());
+        return hostpath::check(&source.path, source.type_.as_deref().unwrap_or_default())
+            .map_err(Failure::SetUp);
     }
-    let kind = kind(volume);
+    if volume.persistent_volume_claim.is_some() || volume.ephemeral.is_some() {
+        return claim::set_up(facts, volume, pod_dir, uses);
+    }
+    if volume.image.is_some() {
+        return Ok(PathBuf::new());
+    }
+    let Some(kind) = kind(volume) else {
+        return Err(Failure::SetUp(unsupported::volume(volume)));
+    };
     let path = pod_dir
         .join("volumes")
         .join(format!("kubernetes.io~{kind}"))
         .join(&volume.name);
-    let words = |e: io::Error| format!("{}: {e}", path.display());
-    let fs_group = fs_group(facts.pod);
     if let Some(source) = &volume.empty_dir {
-        let medium = source.medium.as_deref().unwrap_or_default();
-        if !matches!(medium, "" | "Memory") {
-            return Err(format!("emptyDir medium {medium} is not supported by this node"));
-        }
-        let mut fresh = !path.exists();
-        make_dir(&path).map_err(words)?;
-        if medium == "Memory" && is_root() {
-            fresh |= tmpfs(&path, source.size_limit.as_ref().and_then(quantity::value)).map_err(words)?;
-        }
-        if fresh {
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).map_err(words)?;
-            own(&path, fs_group).map_err(words)?;
-        }
-        return Ok(path);
+        empty_dir::set_up(facts, source, &path).map_err(Failure::SetUp)?;
+    } else if let Some(payload) = projected::payload(facts, volume) {
+        project(facts.pod, volume, kind, &path, payload.map_err(Failure::SetUp)?)
+            .map_err(|e| Failure::SetUp(format!("{}: {e}", path.display())))?;
     }
-    match projected::payload(facts, volume) {
-        Some(payload) => {
-            let mut payload = payload?;
-            if fs_group.is_some() {
-                for file in payload.values_mut() {
-                    file.mode |= 0o040;
+    Ok(path)
+}
+
+/// Writes the files of a volume whose content comes from API objects.
+fn project(
+    pod: &Pod,
+    volume: &Volume,
+    kind: &str,
+    path: &Path,
+    mut payload: atomic::Payload,
+) -> io::Result<()> {
+    let group = FsGroup::of(pod);
+    if group.is_some() {
+        for file in payload.values_mut() {
+            file.mode |= 0o440;
+        }
+    }
+    make_dir(path)?;
+    if kind != "configmap" && is_root() {
+        tmpfs(path, None)?;
+    }
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?;
+    let nested = nested_mount_points(pod, &volume.name);
+    let written = atomic::write(path, &payload, &nested, |fresh| {
+        for (file, projected) in &payload {
+            if let Some(owner) = projected.owner.filter(|_| is_root()) {
+                chown(fresh.join(file), Some(owner), None)?;
+            }
+        }
+        match group {
+            Some(group) => group.apply(fresh, true),
+            None => Ok(()),
+        }
+    })?;
+    for place in nested {
+        let place = path.join(place);
+        if std::fs::symlink_metadata(&place).is_err() {
+            make_dir(&place)?;
+        }
+    }
+    if written && let Some(group) = group {
+        FsGroup {
+            on_root_mismatch: false,
+            ..group
+        }
+        .apply(path, true)?;
+    }
+    Ok(())
+}
+
+/// Where other volumes are mounted inside this one: a container cannot make these places in a read-only mount.
+fn nested_mount_points(pod: &Pod, volume: &str) -> BTreeSet<PathBuf> {
+    let plain = |m: &VolumeMount| m.sub_path.is_none() && m.sub_path_expr.is_none();
+    let mut found = BTreeSet::new();
+    for container in inits(pod).iter().chain(regulars(pod)) {
+        let mounts = container.volume_mounts.as_deref().unwrap_or_default();
+        for outer in mounts.iter().filter(|m| m.name == volume && plain(m)) {
+            for inner in mounts {
+                let below = Path::new(&inner.mount_path).strip_prefix(&outer.mount_path);
+                let Ok(below) = below else { continue };
+                let inside = below
+                    .components()
+                    .all(|c| matches!(c, std::path::Component::Normal(_)));
+                if inside && !below.as_os_str().is_empty() {
+                    found.insert(below.to_owned());
                 }
             }
-            make_dir(&path).map_err(words)?;
-            if kind != "configmap" && is_root() {
-                tmpfs(&path, None).map_err(words)?;
-            }
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).map_err(words)?;
-            atomic::write(&path, &payload, |fresh| own(fresh, fs_group)).map_err(words)?;
-            Ok(path)
         }
-        None => Err(format!("volumes of kind {kind} are not supported by this node")),
+    }
+    found
+}
+
+/// How a volume appears in a container, whatever the mount says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Attributes {
+    /// Never writable.
+    pub(crate) readonly: bool,
+    /// Its files are this node's, to be given the container's SELinux label.
+    pub(crate) managed: bool,
+}
+
+/// The attributes of a pod's volume by name.
+pub(crate) fn attributes(pod: &Pod, name: &str) -> Attributes {
+    let volume = pod
+        .spec
+        .iter()
+        .flat_map(|s| s.volumes.iter().flatten())
+        .find(|v| v.name == name);
+    let Some(volume) = volume else {
+        return Attributes::default();
+    };
+    let files = volume.config_map.is_some()
+        || volume.secret.is_some()
+        || volume.downward_api.is_some()
+        || volume.projected.is_some();
+    let claim = volume.persistent_volume_claim.as_ref();
+    Attributes {
+        readonly: files || volume.image.is_some() || claim.is_some_and(|c| c.read_only == Some(true)),
+        managed: files || volume.empty_dir.is_some(),
     }
 }
 
-/// Name of the volume's kind, for its directory and for messages.
-fn kind(volume: &Volume) -> String {
+/// Name of the kind of a volume that this node makes, for its directory.
+fn kind(volume: &Volume) -> Option<&'static str> {
     let known = [
         (volume.empty_dir.is_some(), "empty-dir"),
         (volume.config_map.is_some(), "configmap"),
@@ -114,20 +312,7 @@ fn kind(volume: &Volume) -> String {
         (volume.downward_api.is_some(), "downward-api"),
         (volume.projected.is_some(), "projected"),
     ];
-    if let Some((_, name)) = known.iter().find(|(is, _)| *is) {
-        return (*name).to_owned();
-    }
-    // Whatever it is, its field name says it.
-    let json = serde_json::to_value(volume).unwrap_or_default();
-    let field = json
-        .as_object()
-        .and_then(|o| o.keys().find(|k| *k != "name").cloned());
-    field.unwrap_or_else(|| "unknown".to_owned())
-}
-
-fn fs_group(pod: &Pod) -> Option<u32> {
-    let group = pod.spec.as_ref()?.security_context.as_ref()?.fs_group?;
-    u32::try_from(group).ok()
+    known.iter().find(|(is, _)| *is).map(|(_, name)| *name)
 }
 
 fn make_dir(path: &Path) -> io::Result<()> {
@@ -137,27 +322,40 @@ fn make_dir(path: &Path) -> io::Result<()> {
         .create(path)
 }
 
-/// Gives a tree to the pod's `fsGroup`: setgid directories, group may read and write.
-fn own(path: &Path, group: Option<u32>) -> io::Result<()> {
-    let Some(group) = group.filter(|_| is_root()) else {
-        return Ok(());
-    };
-    let metadata = std::fs::symlink_metadata(path)?;
-    if metadata.is_symlink() {
-        return Ok(());
-    }
-    chown(path, None, Some(group))?;
-    let mode = metadata.permissions().mode();
-    if metadata.is_dir() {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode | 0o2070))?;
-        for entry in std::fs::read_dir(path)? {
-            own(&entry?.path(), Some(group))?;
-        }
+/// Binds a directory or file to a place of the pod's, with further mount flags, unless something is mounted there;
+/// answers whether it did.
+fn bind(source: &Path, target: &Path, flags: MsFlags) -> io::Result<bool> {
+    if source.is_dir() {
+        make_dir(target)?;
     } else {
-        // chown clears nothing of a file's mode that the reader needs, group read included.
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode | 0o040))?;
+        if let Some(parent) = target.parent() {
+            make_dir(parent)?;
+        }
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(target)?;
     }
-    Ok(())
+    if mounts_below(target)?.iter().any(|place| place == target) {
+        return Ok(false);
+    }
+    let none = None::<&str>;
+    mount(
+        Some(source),
+        target,
+        none,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        none,
+    )?;
+    if !flags.is_empty() {
+        let remount = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | flags;
+        if let Err(error) = mount(none, target, none, remount, none) {
+            // Half a mount would be taken for a whole one at the next look.
+            umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+            return Err(error.into());
+        }
+    }
+    Ok(true)
 }
 
 /// Something is mounted at a path.
@@ -188,13 +386,7 @@ fn tmpfs(path: &Path, size: Option<i64>) -> io::Result<bool> {
 
 /// Unmounts everything below a pod's directory, then removes the directory.
 pub(crate) fn remove(pod_dir: &Path) -> io::Result<()> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let mut below: Vec<PathBuf> = mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|text| PathBuf::from(unescape(text)))
-        .filter(|path| path.starts_with(pod_dir))
-        .collect();
+    let mut below = mounts_below(pod_dir)?;
     below.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
     for path in below {
         umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
@@ -203,6 +395,15 @@ pub(crate) fn remove(pod_dir: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
+}
+
+fn mounts_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let places = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|text| PathBuf::from(unescape(text)));
+    Ok(places.filter(|path| path.starts_with(directory)).collect())
 }
 
 /// Reads the octal escapes of mountinfo.
@@ -247,7 +448,13 @@ mod tests {
         objects: &Fixed,
     ) -> (tempfile::TempDir, BTreeMap<String, PathBuf>, Vec<VolumeError>) {
         let dir = tempfile::tempdir().unwrap();
-        let pod = pod(json!({"containers": [], "volumes": volumes}));
+        let mounts: Vec<Value> = volumes
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| json!({"name": v["name"], "mountPath": format!("/{}", v["name"].as_str().unwrap())}))
+            .collect();
+        let pod = pod(json!({"containers": [{"name": "c", "volumeMounts": mounts}], "volumes": volumes}));
         let facts = Facts {
             pod: &pod,
             host_ip: None,
@@ -289,7 +496,7 @@ mod tests {
             texts,
             [
                 "MountVolume.SetUp failed for volume \"v\" : configmap \"x\" not found",
-                "MountVolume.SetUp failed for volume \"w\" : configmap references non-existent configmap key: z",
+                "MountVolume.SetUp failed for volume \"w\" : configmap references non-existent config key: z",
             ]
         );
     }
@@ -311,18 +518,109 @@ mod tests {
         );
         remove(&dir.path().join("pod")).unwrap();
         let (_dir, _, errors) = mounted(volumes, &Fixed(None));
-        assert!(errors[0].reason.contains("failed to fetch token"), "{errors:?}");
+        assert!(
+            errors[0].to_string().contains("failed to fetch token"),
+            "{errors:?}"
+        );
     }
 
     #[test]
-    fn a_kind_that_this_node_cannot_serve_is_named() {
+    fn a_kind_that_this_node_cannot_serve_is_named_with_a_remedy() {
         let (_dir, _, errors) = mounted(
-            json!([{"name": "d", "persistentVolumeClaim": {"claimName": "x"}}]),
+            json!([{"name": "d", "nfs": {"server": "a", "path": "/b"}},
+                {"name": "e", "csi": {"driver": "secrets.example"}}]),
             &Fixed(None),
         );
+        let texts: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        assert!(
+            texts[0].starts_with(
+                "MountVolume.SetUp failed for volume \"d\" : volumes of type nfs are not supported"
+            ),
+            "{texts:?}"
+        );
+        assert!(
+            texts[1].contains("type csi (driver secrets.example)"),
+            "{texts:?}"
+        );
+    }
+
+    #[test]
+    fn a_volume_that_no_container_uses_holds_nothing_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = pod(
+            json!({"containers": [{"name": "c"}], "volumes": [{"name": "v", "configMap": {"name": "x"}}]}),
+        );
+        let facts = Facts {
+            pod: &pod,
+            host_ip: None,
+            pod_ips: &[],
+            objects: &Fixed(None),
+        };
+        let (paths, errors) = set_up(&facts, dir.path());
+        assert!(paths.is_empty() && errors.is_empty());
+    }
+
+    #[test]
+    fn a_place_for_a_mount_inside_a_projected_volume_is_made_and_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = pod(json!({"containers": [{"name": "c", "volumeMounts": [
+                {"name": "v", "mountPath": "/etc/app"}, {"name": "e", "mountPath": "/etc/app/cache/x"}]}],
+            "volumes": [{"name": "v", "configMap": {"name": "m"}}, {"name": "e", "emptyDir": {}}]}));
+        let facts = Facts {
+            pod: &pod,
+            host_ip: None,
+            pod_ips: &[],
+            objects: &Fixed(None),
+        };
+        for _ in 0..2 {
+            let (paths, errors) = set_up(&facts, dir.path());
+            assert_eq!(errors, []);
+            assert!(paths["v"].join("cache/x").is_dir());
+            assert!(paths["v"].join("k").exists());
+            // What the object holds changes: the place stays.
+            std::fs::remove_file(paths["v"].join("..data")).unwrap();
+        }
         assert_eq!(
-            errors[0].reason,
-            "volumes of kind persistentVolumeClaim are not supported by this node"
+            attributes(&pod, "v"),
+            Attributes {
+                readonly: true,
+                managed: true
+            }
+        );
+        assert!(!attributes(&pod, "e").readonly);
+        remove(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_token_is_for_its_user_alone_where_that_user_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |context: Value| {
+            let pod = pod(json!({"securityContext": context,
+                "containers": [{"name": "c", "volumeMounts": [{"name": "api", "mountPath": "/a"}]}],
+                "volumes": [{"name": "api", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}]}));
+            let facts = Facts {
+                pod: &pod,
+                host_ip: None,
+                pod_ips: &[],
+                objects: &Fixed(Some("jwt")),
+            };
+            let place = dir.path().join(context.to_string().len().to_string());
+            let (paths, errors) = set_up(&facts, &place);
+            assert_eq!(errors, []);
+            let metadata = std::fs::metadata(paths["api"].join("token")).unwrap();
+            let found = (metadata.mode() & 0o777, metadata.uid(), metadata.gid());
+            remove(&place).unwrap();
+            found
+        };
+        if !is_root() {
+            return;
+        }
+        assert_eq!(with(json!({})), (0o644, 0, 0));
+        assert_eq!(with(json!({"runAsUser": 1000})), (0o600, 1000, 0));
+        assert_eq!(with(json!({"fsGroup": 10_000})), (0o640, 0, 10_000));
+        assert_eq!(
+            with(json!({"runAsUser": 1000, "fsGroup": 10_000})),
+            (0o640, 1000, 10_000)
         );
     }
 }

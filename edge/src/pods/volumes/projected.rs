@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, KeyToPath, Volume};
+use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, KeyToPath, Pod, Volume, VolumeProjection};
 
 use super::atomic::{Payload, Projected};
+use super::owner::single_user;
 use crate::pods::env::{Facts, field_value, resource_value};
 
 /// The files of a volume, or why it cannot be filled yet. `None` when the volume is not of these kinds.
@@ -56,7 +57,9 @@ impl Builder<'_> {
 
     fn put(&mut self, path: &str, data: Vec<u8>, mode: Option<i32>) {
         let mode = mode.and_then(|m| u32::try_from(m).ok()).unwrap_or(self.mode);
-        self.files.insert(PathBuf::from(path), Projected { data, mode });
+        let owner = None;
+        self.files
+            .insert(PathBuf::from(path), Projected { data, mode, owner });
     }
 
     fn keys(
@@ -76,7 +79,10 @@ impl Builder<'_> {
             match data.get(&item.key) {
                 Some(value) => self.put(&item.path, value.clone(), item.mode),
                 None if optional => {}
-                None => return Err(format!("{what} references non-existent {what} key: {}", item.key)),
+                None => {
+                    let kind = if what == "configmap" { "config" } else { what };
+                    return Err(format!("{what} references non-existent {kind} key: {}", item.key));
+                }
             }
         }
         Ok(())
@@ -152,36 +158,60 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn projected(&mut self, sources: &[k8s_openapi::api::core::v1::VolumeProjection]) -> Result<(), String> {
-        for source in sources {
-            if let Some(s) = &source.config_map {
-                self.config_map(&s.name, s.items.as_deref(), s.optional)?;
-            } else if let Some(s) = &source.secret {
-                self.secret(&s.name, s.items.as_deref(), s.optional)?;
-            } else if let Some(s) = &source.downward_api {
-                self.downward(s.items.as_deref().unwrap_or_default())?;
-            } else if let Some(s) = &source.service_account_token {
-                let uid = self.facts.pod.metadata.uid.as_deref().unwrap_or_default();
-                let key = format!("{uid}/{}/{}", self.volume, s.path);
-                let token = self.facts.objects.token(&key).ok_or_else(|| {
-                    let account = self.facts.pod.spec.as_ref().and_then(|s| s.service_account_name.as_deref());
-                    format!(
-                        "failed to fetch token: the token of service account {}/{} has not been received from the \
-                         cluster yet",
-                        self.namespace(),
-                        account.unwrap_or("default")
-                    )
-                })?;
-                // A process that runs as another user must read it: a kubelet gives 0600 to the single user it knows,
-                // else the default mode.
-                self.put(&s.path, token.into_bytes(), None);
-            } else {
-                return Err(
-                    "a projection of clusterTrustBundle or podCertificate is not supported by this node"
-                        .into(),
-                );
-            }
+    /// Every source, so that all that is missing is named at once.
+    fn projected(&mut self, sources: &[VolumeProjection]) -> Result<(), String> {
+        let mut errors: Vec<String> = sources
+            .iter()
+            .filter_map(|source| self.source(source).err())
+            .collect();
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(format!("[{}]", errors.join(", "))),
         }
+    }
+
+    fn source(&mut self, source: &VolumeProjection) -> Result<(), String> {
+        if let Some(s) = &source.config_map {
+            self.config_map(&s.name, s.items.as_deref(), s.optional)
+        } else if let Some(s) = &source.secret {
+            self.secret(&s.name, s.items.as_deref(), s.optional)
+        } else if let Some(s) = &source.downward_api {
+            self.downward(s.items.as_deref().unwrap_or_default())
+        } else if let Some(s) = &source.service_account_token {
+            self.token(&s.path)
+        } else {
+            Err(super::unsupported::projection(source))
+        }
+    }
+
+    fn token(&mut self, path: &str) -> Result<(), String> {
+        let uid = self.facts.pod.metadata.uid.as_deref().unwrap_or_default();
+        let key = format!("{uid}/{}/{path}", self.volume);
+        let token = self.facts.objects.token(&key).ok_or_else(|| {
+            let spec = self.facts.pod.spec.as_ref();
+            let account = spec.and_then(|s| s.service_account_name.as_deref());
+            format!(
+                "failed to fetch token: the token of service account {}/{} has not been received from the cluster yet",
+                self.namespace(),
+                account.unwrap_or("default")
+            )
+        })?;
+        let owner = single_user(self.facts.pod);
+        // Whoever else runs in the pod has no business with it; the group's bit comes with the group.
+        let mode = if owner.is_some() || has_group(self.facts.pod) {
+            0o600
+        } else {
+            self.mode
+        };
+        let data = token.into_bytes();
+        self.files
+            .insert(PathBuf::from(path), Projected { data, mode, owner });
         Ok(())
     }
+}
+
+fn has_group(pod: &Pod) -> bool {
+    let context = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
+    context.is_some_and(|c| c.fs_group.is_some())
 }

@@ -8,9 +8,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::AT_FDCWD;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MsFlags, mount};
-use nix::sys::stat::{Mode, SFlag, fstat, mkdirat};
+use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, fstat, mkdirat};
 
 use super::is_root;
 
@@ -18,6 +19,10 @@ use super::is_root;
 pub(crate) struct Subpath<'a> {
     /// Host path of the volume.
     pub(crate) volume: &'a Path,
+    /// Name of the volume in the pod.
+    pub(crate) name: &'a str,
+    /// Name of the container.
+    pub(crate) container: &'a str,
     /// Relative path in it, expanded.
     pub(crate) path: &'a str,
     /// Where to bind it: `<pod>/volume-subpaths/<volume>/<container>/<index>`.
@@ -27,20 +32,33 @@ pub(crate) struct Subpath<'a> {
 /// Makes the path when it is absent and answers what to mount.
 pub(crate) fn prepare(subpath: &Subpath<'_>) -> Result<PathBuf, String> {
     let relative = Path::new(subpath.path);
-    if !relative
-        .components()
-        .all(|c| matches!(c, Component::Normal(_) | Component::CurDir))
-    {
+    if relative.is_absolute() {
         return Err(format!(
-            "subPath \"{}\" must be relative and without \"..\"",
+            "error SubPath `{}` must not be an absolute path",
             subpath.path
         ));
     }
-    let words =
-        |what: &str, error: &dyn std::fmt::Display| format!("subPath \"{}\": {what}: {error}", subpath.path);
+    if relative.components().any(|c| matches!(c, Component::ParentDir)) {
+        return Err(format!(
+            "unable to provision SubPath `{}`: must not contain '..'",
+            subpath.path
+        ));
+    }
+    // Told to the operator only: an error of the host's file system is none of the pod's business.
+    let words = |what: &str, error: &dyn std::fmt::Display| {
+        tracing::warn!(path = subpath.path, volume = %subpath.volume.display(), "subPath: {what}: {error}");
+        format!(
+            "failed to prepare subPath for volumeMount \"{}\" of container \"{}\"",
+            subpath.name, subpath.container
+        )
+    };
     let root = open(subpath.volume, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(|e| words("the volume cannot be opened", &e))?;
-    let found = descend(&root, relative).map_err(|e| words("it cannot be opened inside its volume", &e))?;
+    let mode = fstat(&root)
+        .map(|s| Mode::from_bits_truncate(s.st_mode))
+        .map_err(|e| words("the volume cannot be read", &e))?;
+    let found =
+        descend(&root, relative, mode).map_err(|e| words("it cannot be opened inside its volume", &e))?;
     let link = format!("/proc/self/fd/{}", found.as_raw_fd());
     if !is_root() {
         return std::fs::read_link(link).map_err(|e| words("it cannot be resolved", &e));
@@ -69,7 +87,9 @@ pub(crate) fn prepare(subpath: &Subpath<'_>) -> Result<PathBuf, String> {
 }
 
 /// Opens `path` beneath `root`, making missing directories one by one.
-fn descend(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
+///
+/// They get the mode of the volume's root, whatever the daemon's umask: a group that may write there may write here.
+fn descend(root: &OwnedFd, path: &Path, mode: Mode) -> Result<OwnedFd, Errno> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH);
@@ -80,11 +100,17 @@ fn descend(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
         walked.push(name);
         last = match openat2(root, &walked, how) {
             Err(Errno::ENOENT) => {
-                match mkdirat(&last, name, Mode::from_bits_truncate(0o750)) {
-                    Ok(()) | Err(Errno::EEXIST) => {}
+                let made = match mkdirat(&last, name, Mode::from_bits_truncate(0o750)) {
+                    Ok(()) => true,
+                    Err(Errno::EEXIST) => false,
                     Err(error) => return Err(error),
+                };
+                let next = openat2(root, &walked, how)?;
+                if made {
+                    let place = format!("/proc/self/fd/{}", next.as_raw_fd());
+                    fchmodat(AT_FDCWD, place.as_str(), mode, FchmodatFlags::FollowSymlink)?;
                 }
-                openat2(root, &walked, how)?
+                next
             }
             other => other?,
         };
@@ -100,12 +126,18 @@ mod tests {
     fn a_missing_path_is_made_and_a_link_that_leads_out_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let root = open(dir.path(), OFlag::O_PATH, Mode::empty()).unwrap();
-        descend(&root, Path::new("a/b")).unwrap();
-        assert!(dir.path().join("a/b").is_dir());
+        let mode = Mode::from_bits_truncate(0o770);
+        descend(&root, Path::new("a/b"), mode).unwrap();
+        let made = std::fs::metadata(dir.path().join("a/b")).unwrap();
+        assert!(made.is_dir());
+        assert_eq!(
+            std::os::unix::fs::PermissionsExt::mode(&made.permissions()) & 0o777,
+            0o770
+        );
         std::os::unix::fs::symlink("/etc", dir.path().join("out")).unwrap();
-        assert!(descend(&root, Path::new("out/passwd")).is_err());
+        assert!(descend(&root, Path::new("out/passwd"), mode).is_err());
         std::os::unix::fs::symlink("a", dir.path().join("in")).unwrap();
-        assert!(descend(&root, Path::new("in/b")).is_ok());
+        assert!(descend(&root, Path::new("in/b"), mode).is_ok());
     }
 
     #[test]
@@ -113,13 +145,12 @@ mod tests {
         for path in ["../x", "/x", "a/../../x"] {
             let asked = Subpath {
                 volume: Path::new("/tmp"),
+                name: "v",
+                container: "c",
                 path,
                 target: Path::new("/nowhere"),
             };
-            assert!(
-                prepare(&asked).unwrap_err().contains("must be relative"),
-                "{path}"
-            );
+            assert!(prepare(&asked).unwrap_err().contains("must not"), "{path}");
         }
     }
 }

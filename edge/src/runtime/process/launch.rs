@@ -106,7 +106,7 @@ pub(super) fn container_record(
         argv: config.command.iter().chain(&config.args).cloned().collect(),
         working_dir: config.working_dir.clone(),
         env: config.env.clone(),
-        mounts: mounts(config)?,
+        mounts: mounts(config)?.into_iter().chain(devices(config)?).collect(),
         state_root: state_root.to_owned(),
         stdin: config.stdin,
         stdin_once: config.stdin_once,
@@ -207,6 +207,25 @@ fn mounts(config: &ContainerConfig) -> Result<Vec<MountRecord>, RuntimeError> {
         })
     };
     config.mounts.iter().map(convert).collect()
+}
+
+/// A device is a file of the host, bound to where the container expects it.
+fn devices(config: &ContainerConfig) -> Result<Vec<MountRecord>, RuntimeError> {
+    let convert = |device: &crate::runtime::Device| {
+        if device.readonly {
+            return Err(unsupported(format!(
+                "read-only block volumes, asked for {}",
+                device.container_path
+            )));
+        }
+        Ok(MountRecord {
+            container_path: device.container_path.clone(),
+            host_path: device.host_path.clone(),
+            readonly: false,
+            follow_host: false,
+        })
+    };
+    config.devices.iter().map(convert).collect()
 }
 
 fn one_id(what: &str, value: i64) -> Result<u32, RuntimeError> {

@@ -1,0 +1,126 @@
+//! Images from a registry that wants to know who asks.
+
+use serde_json::{Value, json};
+use skerry_tests::pods::{event, output, phase, ready, waiting};
+use skerry_tests::registry::Registry;
+use skerry_tests::runner::{Scenario, Test};
+use skerry_tests::site::{IMAGE, Runtime};
+
+pub(crate) fn scenarios() -> Vec<Scenario> {
+    let containerd = |name, run| Scenario::on(Runtime::Containerd, name, run);
+    [
+        containerd(
+            "an image of a private registry is for pods that have its Secret",
+            private_image,
+        ),
+        containerd("an image is pulled by its digest, and only once", digest),
+        containerd("a name that cannot be an image's is refused", invalid_name),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn registry(t: &Test<'_>) -> Registry {
+    Registry::start(&t.cluster.dir().join(t.name("registry")))
+}
+
+fn user(image: &str, policy: &str, secrets: &[&str]) -> Value {
+    let secrets: Vec<Value> = secrets.iter().map(|name| json!({"name": name})).collect();
+    json!({"restartPolicy": "Never", "imagePullSecrets": secrets, "containers": [
+        {"image": image, "imagePullPolicy": policy, "command": ["echo", "fetched"]}]})
+}
+
+fn private_image(t: &Test<'_>) {
+    let (site, registry) = (t.site(), registry(t));
+    registry.push(site, IMAGE, "private/tool:1");
+    let image = format!("{}/private/tool:1", registry.host());
+    let apply = |name: &str, policy: &str, secrets: &[&str]| {
+        t.kubectl.apply(&site.pod(name, user(&image, policy, secrets)));
+    };
+
+    apply("stranger", "IfNotPresent", &["nobody-s"]);
+    let status = waiting(&t.kubectl, "stranger", &["ErrImagePull", "ImagePullBackOff"]);
+    let status = status["state"]["waiting"]["message"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    assert!(status.contains(&image), "{status}");
+    let failed = event(&t.kubectl, "stranger", "FailedToRetrieveImagePullSecret");
+    assert!(failed.contains("nobody-s"), "{failed}");
+    waiting(&t.kubectl, "stranger", &["ImagePullBackOff"]);
+    assert_eq!(
+        event(&t.kubectl, "stranger", "BackOff"),
+        format!("Back-off pulling image \"{image}\"")
+    );
+
+    t.kubectl.apply(&registry.secret("pull"));
+    apply("owner", "IfNotPresent", &["pull"]);
+    assert_eq!(output(&t.kubectl, "owner"), "fetched\n");
+    assert_eq!(
+        event(&t.kubectl, "owner", "Pulling"),
+        format!("Pulling image \"{image}\"")
+    );
+    let pulled = event(&t.kubectl, "owner", "Pulled");
+    assert!(
+        pulled.starts_with(&format!("Successfully pulled image \"{image}\" in "))
+            && pulled.contains(" including waiting). Image size: ")
+            && pulled.ends_with(" bytes."),
+        "{pulled}"
+    );
+
+    // It is on the node's disk now, but not for everybody.
+    apply("thief", "Never", &[]);
+    waiting(&t.kubectl, "thief", &["ErrImageNeverPull"]);
+    assert_eq!(
+        event(&t.kubectl, "thief", "ErrImageNeverPull"),
+        format!("Container image \"{image}\" is not present with pull policy of Never")
+    );
+    apply("friend", "Never", &["pull"]);
+    assert_eq!(output(&t.kubectl, "friend"), "fetched\n");
+    assert_eq!(
+        event(&t.kubectl, "friend", "Pulled"),
+        format!("Container image \"{image}\" already present on machine and can be accessed by the pod")
+    );
+    // The same bytes were there before under a name of their own: that name stays everybody's.
+    t.kubectl.apply(&site.pod("bystander", user(IMAGE, "Never", &[])));
+    assert_eq!(output(&t.kubectl, "bystander"), "fetched\n");
+}
+
+fn digest(t: &Test<'_>) {
+    let (site, registry) = (t.site(), registry(t));
+    let digest = registry.push(site, IMAGE, "fleet/tool:2");
+    let image = format!("{}/fleet/tool@{digest}", registry.host());
+    t.kubectl.apply(&registry.secret("pull"));
+    let spec = json!({"imagePullSecrets": [{"name": "pull"}], "containers": [
+        {"image": image, "command": ["sleep", "1000"]}, {"image": image, "command": ["sleep", "1000"]}]});
+    t.kubectl.apply(&site.pod("pod", spec));
+    let pod = ready(&t.kubectl, "pod");
+    for status in pod["status"]["containerStatuses"].as_array().unwrap() {
+        assert_eq!(status["image"], image.as_str());
+        assert!(
+            status["imageID"].as_str().unwrap().contains("sha256:"),
+            "{status}"
+        );
+    }
+    let started = t
+        .kubectl
+        .list(
+            "events",
+            &["--field-selector", "involvedObject.name=pod,reason=Pulling"],
+        )
+        .unwrap();
+    assert_eq!(started.len(), 1, "{started:?}");
+}
+
+fn invalid_name(t: &Test<'_>) {
+    t.kubectl
+        .apply(&t.site().pod("pod", user("Not/An:Image", "IfNotPresent", &[])));
+    let status = waiting(&t.kubectl, "pod", &["InvalidImageName"]);
+    let message = status["state"]["waiting"]["message"].as_str().unwrap();
+    assert!(
+        message.starts_with("Failed to apply default image tag \"Not/An:Image\": couldn't parse image name"),
+        "{message}"
+    );
+    phase(&t.kubectl, "pod", "Pending");
+}
