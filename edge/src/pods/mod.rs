@@ -71,7 +71,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
-use crate::runtime::{Inventory, Runtime};
+use crate::runtime::{Inventory, Runtime, RuntimeError};
 use crate::store::{ObjectChanged, Store, StoreError};
 use events::Events;
 use images::Images;
@@ -102,6 +102,10 @@ const ROOM: &str = "pods";
 
 /// How often everything is looked at even without a notice.
 const RESYNC: Duration = Duration::from_secs(60);
+
+/// Least time between two looks at the whole runtime: in a burst, changes are taken together. Workers see what they did
+/// themselves without it.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
 
 /// Settings of the pod lifecycle.
 #[derive(Clone, Debug)]
@@ -266,6 +270,8 @@ impl Pods {
             workers: BTreeMap::new(),
             tasks: JoinSet::new(),
             seen: BTreeMap::new(),
+            looks: JoinSet::new(),
+            next_look: tokio::time::Instant::now(),
             stop: stop.clone(),
         };
         let mut objects = self.shared.store.changes();
@@ -280,9 +286,12 @@ impl Pods {
             tokio::select! {
                 () = stop.cancelled() => break,
                 notice = objects.recv() => supervisor.object_changed(notice),
-                moved = runtime.changed() => supervisor.runtime_moved(moved.is_ok()).await,
+                moved = next_move(&mut runtime, supervisor.next_look), if supervisor.looks.is_empty() => {
+                    supervisor.look(moved);
+                }
+                Some(look) = supervisor.looks.join_next() => supervisor.looked(look),
                 _ = tick.tick() => {
-                    supervisor.resync().await;
+                    supervisor.look(Ok(()));
                     supervisor.wake(|_| true);
                 }
                 // The sender lives in `self`.
@@ -296,6 +305,15 @@ impl Pods {
     }
 }
 
+/// Waits until something may have changed in the runtime, but not before `earliest`. Cancellation safe.
+async fn next_move(
+    changes: &mut watch::Receiver<u64>,
+    earliest: tokio::time::Instant,
+) -> Result<(), watch::error::RecvError> {
+    tokio::time::sleep_until(earliest).await;
+    changes.changed().await
+}
+
 /// Starts workers and wakes them.
 struct Supervisor {
     shared: Arc<Shared>,
@@ -303,6 +321,10 @@ struct Supervisor {
     tasks: JoinSet<Uid>,
     /// The runtime's pods at the last look, to wake only those that changed.
     seen: BTreeMap<Uid, Inventory>,
+    /// The look under way.
+    looks: JoinSet<Result<Inventory, RuntimeError>>,
+    /// Not before that comes the next one.
+    next_look: tokio::time::Instant,
     stop: CancellationToken,
 }
 
@@ -440,23 +462,30 @@ impl Supervisor {
         }
     }
 
-    /// Something may have changed in the runtime: wake the pods that it concerns, stop what has no pod.
-    async fn runtime_moved(&mut self, alive: bool) {
-        if !alive {
-            // The runtime's watcher is gone; the tick goes on looking.
-            tokio::time::sleep(Duration::from_secs(1)).await;
+    /// Looks at the whole runtime, beside everything else, one look at a time.
+    fn look(&mut self, moved: Result<(), watch::error::RecvError>) {
+        // Without the runtime's watcher, the tick goes on looking.
+        let pause = if moved.is_ok() { BETWEEN_LOOKS } else { RESYNC };
+        self.next_look = tokio::time::Instant::now() + pause;
+        if self.looks.is_empty() {
+            let runtime = self.shared.runtime.clone();
+            self.looks.spawn(async move { runtime.list().await });
         }
-        self.resync().await;
     }
 
-    async fn resync(&mut self) {
-        let inventory = match self.shared.runtime.list().await {
-            Ok(inventory) => inventory,
-            Err(error) => {
+    /// Wakes the pods that a look concerns, and stops what has no pod.
+    fn looked(&mut self, look: Result<Result<Inventory, RuntimeError>, tokio::task::JoinError>) {
+        let inventory = match look {
+            Ok(Ok(inventory)) => inventory,
+            Ok(Err(error)) => {
                 tracing::warn!(%error, "the runtime cannot be listed");
                 self.shared
                     .summary
                     .send_modify(|s| s.runtime_error = error.to_string());
+                return;
+            }
+            Err(error) => {
+                tracing::error!(%error, "a look at the runtime failed; the next change brings another");
                 return;
             }
         };
@@ -502,7 +531,11 @@ impl Supervisor {
                 Err(error) => tracing::error!(%uid, %error, "the store cannot be read"),
             }
         }
-        self.wake(|uid| self.seen.get(uid) != before.get(uid));
+        for (uid, orders) in &self.workers {
+            if self.seen.get(uid) != before.get(uid) {
+                orders.send_modify(|o| o.runtime_moves += 1);
+            }
+        }
     }
 
     fn worker_ended(&mut self, ended: Result<Uid, tokio::task::JoinError>) {

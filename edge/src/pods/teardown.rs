@@ -83,19 +83,8 @@ impl Worker {
     /// A pod whose object is gone: stop, forget, remove every trace.
     pub(super) async fn vanish(&mut self, pod: Option<&Pod>) -> Result<(), SyncError> {
         self.probers.stop();
-        let inventory = self.shared.runtime.list().await?;
-        self.view = View::new(
-            inventory
-                .sandboxes
-                .into_iter()
-                .filter(|s| s.pod_uid == self.uid)
-                .collect(),
-            inventory
-                .containers
-                .into_iter()
-                .filter(|c| c.pod_uid == self.uid)
-                .collect(),
-        );
+        let inventory = self.shared.runtime.list_pod(&self.uid).await?;
+        self.view = View::new(inventory.sandboxes, inventory.containers);
         if self.record.name.is_empty()
             && let Some(sandbox) = self.view.sandboxes.first()
         {

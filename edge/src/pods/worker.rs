@@ -69,6 +69,8 @@ pub(super) struct Orders {
     pub(super) preempted: bool,
     /// Moves when something that the pod depends on may have changed.
     pub(super) wakes: u64,
+    /// Moves when the runtime shows something else of this pod than before. Often it is what the worker did itself.
+    pub(super) runtime_moves: u64,
 }
 
 impl Orders {
@@ -166,14 +168,8 @@ impl Worker {
                 tracing::warn!(uid = %self.uid, %error, "a pod's round failed; trying again");
                 self.again = self.again.min(RETRY);
             }
-            tokio::select! {
-                changed = self.orders.changed() => {
-                    // The supervisor drops the orders only when it stops.
-                    if changed.is_err() {
-                        return;
-                    }
-                }
-                () = tokio::time::sleep(self.again) => {}
+            if self.wait(&orders).await.is_err() {
+                return;
             }
         }
         self.shared
@@ -184,6 +180,36 @@ impl Worker {
         self.shared.probes.forget(self.uid.as_str());
         self.shared.starts.forget(self.uid.as_str());
         self.count_phases();
+    }
+
+    /// Waits for a reason to look again. Fails when the supervisor has dropped the orders: only when it stops.
+    async fn wait(&mut self, last: &Orders) -> Result<(), watch::error::RecvError> {
+        let again = tokio::time::Instant::now() + self.again;
+        loop {
+            tokio::select! {
+                changed = self.orders.changed() => changed?,
+                () = tokio::time::sleep_until(again) => return Ok(()),
+            }
+            let new = self.orders.borrow_and_update().clone();
+            let runtime_only = new.removed == last.removed
+                && new.wakes == last.wakes
+                && match (&new.pod, &last.pod) {
+                    (Some(new), Some(last)) => Arc::ptr_eq(new, last),
+                    (new, last) => new.is_none() && last.is_none(),
+                };
+            if !runtime_only || self.runtime_differs().await {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The runtime shows this pod otherwise than the last look did.
+    async fn runtime_differs(&self) -> bool {
+        match self.shared.runtime.list_pod(&self.uid).await {
+            Ok(now) => View::new(now.sandboxes, now.containers) != self.view,
+            // The round says why.
+            Err(_) => true,
+        }
     }
 
     /// A pod whose object exists.
@@ -265,18 +291,8 @@ impl Worker {
 
     /// Looks at the runtime and merges it into the record.
     pub(super) async fn look(&mut self, pod: &Pod) -> Result<(), SyncError> {
-        let inventory = self.shared.runtime.list().await?;
-        let sandboxes = inventory
-            .sandboxes
-            .into_iter()
-            .filter(|s| s.pod_uid == self.uid)
-            .collect();
-        let containers = inventory
-            .containers
-            .into_iter()
-            .filter(|c| c.pod_uid == self.uid)
-            .collect();
-        self.view = View::new(sandboxes, containers);
+        let inventory = self.shared.runtime.list_pod(&self.uid).await?;
+        self.view = View::new(inventory.sandboxes, inventory.containers);
         let before = self.record.clone();
         let dir = self.pod_dir();
         self.record

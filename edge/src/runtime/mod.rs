@@ -642,6 +642,14 @@ pub trait Runtime: Send + Sync + 'static {
     /// a container that ends meanwhile is left out.
     async fn stats(&self, inventory: &Inventory) -> Result<RuntimeUse, RuntimeError>;
 
+    /// What runs of one pod: the same as its part of [`Runtime::list`], at a cost that does not grow with the others.
+    async fn list_pod(&self, pod: &Uid) -> Result<Inventory, RuntimeError> {
+        let mut inventory = self.list().await?;
+        inventory.sandboxes.retain(|sandbox| sandbox.pod_uid == *pod);
+        inventory.containers.retain(|container| container.pod_uid == *pod);
+        Ok(inventory)
+    }
+
     /// A counter that moves whenever something in [`Runtime::list`] may have changed. It may move without cause;
     /// a change is never missed for longer than ten seconds.
     fn changes(&self) -> watch::Receiver<u64>;

@@ -1,18 +1,19 @@
 //! Notices that something in the runtime has changed.
 //!
-//! Two sources move one counter. The stream of container events is the quick one, but old engines do not have it and
-//! it opens only with its first event. So the lists are also compared, every second until events are known to come,
-//! and rarely after that, as a net below the stream. A comparison moves the counter only on a difference, so a quiet
-//! node costs two small calls per round and no work in the daemon.
+//! Two sources move one counter. Events are the quick one: containerd's own ([`super::exits`]), or CRI's where another
+//! engine has them. The lists are also compared, every second until events are known to come, and rarely after that,
+//! as a net below the events. A comparison moves the counter only on a difference, so a quiet node costs two small
+//! calls per round and no work in the daemon.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tonic::Status;
 
 use super::client::Client;
+use super::exits;
 use crate::runtime::RuntimeError;
 
 /// Between two comparisons while no events come.
@@ -55,13 +56,14 @@ pub(super) async fn watch_for_changes(client: Client, counter: Counter) {
 
 /// Watches until the engine fails to answer. Moves the counter at the beginning, for what was missed before.
 async fn watch_one_connection(client: &Client, counter: &Counter, pause: &mut Pause) -> RuntimeError {
-    if let Err(error) = client.version().await {
-        return error;
-    }
-    let events_come = AtomicBool::new(false);
+    let engine = match client.version().await {
+        Ok(version) => version.name,
+        Err(error) => return error,
+    };
+    let events_come = watch::Sender::new(false);
     tokio::select! {
-        error = compare(client, counter, pause, &events_come) => error,
-        never = follow_events(client, counter, &events_come) => match never {},
+        error = compare(client, counter, pause, events_come.subscribe()) => error,
+        never = follow_events(client, counter, &engine, &events_come) => match never {},
     }
 }
 
@@ -69,27 +71,47 @@ async fn watch_one_connection(client: &Client, counter: &Counter, pause: &mut Pa
 async fn follow_events(
     client: &Client,
     counter: &Counter,
-    events_come: &AtomicBool,
+    engine: &str,
+    events_come: &watch::Sender<bool>,
 ) -> std::convert::Infallible {
     let mut pause = Pause::default();
+    // containerd's own events first: its GetContainerEvents is absent before 1.7 and shared among all who call it.
+    let mut own = engine == "containerd";
     loop {
-        match client.events().await {
-            Ok(mut events) => {
-                events_come.store(true, Ordering::Relaxed);
-                counter.bump();
-                while let Ok(Some(_)) = events.message().await {
-                    counter.bump();
-                    pause = Pause::default();
-                }
-                events_come.store(false, Ordering::Relaxed);
-            }
+        let ended = if own {
+            exits::follow(client, counter, events_come).await
+        } else {
+            follow_cri(client, counter, events_come).await
+        };
+        if events_come.send_replace(false) {
+            pause = Pause::default();
+            // What happened since is found by the next comparison.
+            counter.bump();
+        }
+        match ended.code() {
+            tonic::Code::Unimplemented if own => own = false,
             // An engine that has been exchanged for a newer one has also broken the connection.
-            Err(status) if status.code() == tonic::Code::Unimplemented => {
-                return std::future::pending().await;
-            }
-            Err(status) => tracing::debug!(%status, "no container events; comparing lists instead"),
+            tonic::Code::Unimplemented => return std::future::pending().await,
+            _ => tracing::debug!(status = %ended, "no container events; comparing lists instead"),
         }
         tokio::time::sleep(pause.next()).await;
+    }
+}
+
+/// CRI's container events, until they end.
+async fn follow_cri(client: &Client, counter: &Counter, events_come: &watch::Sender<bool>) -> Status {
+    let mut events = match client.events().await {
+        Ok(events) => events,
+        Err(status) => return status,
+    };
+    events_come.send_replace(true);
+    counter.bump();
+    loop {
+        match events.message().await {
+            Ok(Some(_)) => counter.bump(),
+            Ok(None) => return Status::unavailable("the engine ended the stream of events"),
+            Err(status) => return status,
+        }
     }
 }
 
@@ -98,7 +120,7 @@ async fn compare(
     client: &Client,
     counter: &Counter,
     pause: &mut Pause,
-    events_come: &AtomicBool,
+    mut events_come: watch::Receiver<bool>,
 ) -> RuntimeError {
     let mut last = None;
     loop {
@@ -112,27 +134,25 @@ async fn compare(
             }
             Err(error) => return error,
         }
-        let mut waited = Duration::ZERO;
-        // In short steps, so that the end of the events shortens a long wait that has begun.
-        while waited < interval(events_come) {
-            tokio::time::sleep(COMPARE_EVERY).await;
-            waited += COMPARE_EVERY;
+        let interval = if *events_come.borrow_and_update() {
+            COMPARE_BESIDE_EVENTS
+        } else {
+            COMPARE_EVERY
+        };
+        tokio::select! {
+            () = tokio::time::sleep(interval) => {}
+            // The sender outlives this task. A change of pace starts with a comparison.
+            _ = events_come.changed() => {}
         }
-    }
-}
-
-fn interval(events_come: &AtomicBool) -> Duration {
-    if events_come.load(Ordering::Relaxed) {
-        COMPARE_BESIDE_EVENTS
-    } else {
-        COMPARE_EVERY
     }
 }
 
 /// State by id, of all that is ours.
 async fn fingerprint(client: &Client) -> Result<BTreeMap<String, i32>, RuntimeError> {
-    let (sandboxes, containers) =
-        tokio::try_join!(client.list_pod_sandboxes(), client.list_containers(None))?;
+    let (sandboxes, containers) = tokio::try_join!(
+        client.list_pod_sandboxes(None),
+        client.list_containers(None, None)
+    )?;
     let sandboxes = sandboxes.into_iter().map(|sandbox| (sandbox.id, sandbox.state));
     let containers = containers
         .into_iter()

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use skerry_proto::object::Uid;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -13,6 +14,8 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::api::image_service_client::ImageServiceClient;
 use super::api::runtime_service_client::RuntimeServiceClient;
 use super::api::{self, ContainerFilter, PodSandboxFilter};
+use super::containerd::events_client::EventsClient;
+use super::containerd::{Envelope, PublishRequest, SubscribeRequest};
 use super::failure::{self, CreateError};
 use super::operations::{Counted, Operations};
 use crate::runtime::{ExecRequest, RegistryAuth, RuntimeError, RuntimeVersion, labels};
@@ -28,6 +31,8 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 pub(super) struct Client {
     runtime: RuntimeServiceClient<Counted<Channel>>,
     images: ImageServiceClient<Counted<Channel>>,
+    /// containerd's own events; other engines do not serve them.
+    events: EventsClient<Counted<Channel>>,
     shared: Arc<Shared>,
 }
 
@@ -51,6 +56,7 @@ impl Client {
         let channel = Counted::new(channel, operations.clone());
         Client {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_LIMIT),
+            events: EventsClient::new(channel.clone()),
             images: ImageServiceClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT),
             shared: Arc::new(Shared {
                 socket,
@@ -76,8 +82,11 @@ impl Client {
         self.shared.scheme.get().copied().unwrap_or("containerd")
     }
 
-    fn ours(&self) -> std::collections::HashMap<String, String> {
-        [(labels::MANAGED_BY.to_owned(), self.shared.owner.clone())].into()
+    /// Selects what we made, or only what is of one pod.
+    fn ours(&self, pod: Option<&Uid>) -> std::collections::HashMap<String, String> {
+        let owner = (labels::MANAGED_BY.to_owned(), self.shared.owner.clone());
+        let pod = pod.map(|uid| (labels::POD_UID.to_owned(), uid.to_string()));
+        std::iter::once(owner).chain(pod).collect()
     }
 
     fn error(&self, object: &str, status: &Status) -> RuntimeError {
@@ -322,11 +331,14 @@ impl Client {
         }
     }
 
-    /// Our sandboxes, in brief.
-    pub(super) async fn list_pod_sandboxes(&self) -> Result<Vec<api::PodSandbox>, RuntimeError> {
+    /// Our sandboxes, in brief; only those of `pod`, when there is one.
+    pub(super) async fn list_pod_sandboxes(
+        &self,
+        pod: Option<&Uid>,
+    ) -> Result<Vec<api::PodSandbox>, RuntimeError> {
         let request = api::ListPodSandboxRequest {
             filter: Some(PodSandboxFilter {
-                label_selector: self.ours(),
+                label_selector: self.ours(pod),
             }),
         };
         Self::within(CALL_LIMIT, self.runtime.clone().list_pod_sandbox(request))
@@ -335,15 +347,16 @@ impl Client {
             .map_err(|status| self.error("the list of sandboxes", &status))
     }
 
-    /// Our containers, in brief; only those in `sandbox`, when there is one.
+    /// Our containers, in brief; only those of `pod` or in `sandbox`, when there is one.
     pub(super) async fn list_containers(
         &self,
+        pod: Option<&Uid>,
         sandbox: Option<&str>,
     ) -> Result<Vec<api::Container>, RuntimeError> {
         let request = api::ListContainersRequest {
             filter: Some(ContainerFilter {
                 pod_sandbox_id: sandbox.unwrap_or_default().to_owned(),
-                label_selector: self.ours(),
+                label_selector: self.ours(pod),
             }),
         };
         Self::within(CALL_LIMIT, self.runtime.clone().list_containers(request))
@@ -416,7 +429,7 @@ impl Client {
     pub(super) async fn container_stats(&self) -> Result<Vec<api::ContainerStats>, RuntimeError> {
         let request = api::ListContainerStatsRequest {
             filter: Some(api::ContainerStatsFilter {
-                label_selector: self.ours(),
+                label_selector: self.ours(None),
                 ..api::ContainerStatsFilter::default()
             }),
         };
@@ -444,6 +457,32 @@ impl Client {
             .get_container_events(request)
             .await
             .map(Response::into_inner)
+    }
+
+    /// containerd's events that match one of `filters`; opens with the first one. No time limit.
+    pub(super) async fn containerd_events(
+        &self,
+        filters: Vec<String>,
+    ) -> Result<Streaming<Envelope>, Status> {
+        let request = SubscribeRequest { filters };
+        self.events
+            .clone()
+            .subscribe(request)
+            .await
+            .map(Response::into_inner)
+    }
+
+    /// Sends an event without content to all who listen to containerd's events in `namespace`.
+    pub(super) async fn publish(&self, namespace: &'static str, topic: &str) -> Result<(), Status> {
+        let mut request = Request::new(PublishRequest {
+            topic: topic.to_owned(),
+            event: Some(Default::default()),
+        });
+        let namespace = tonic::metadata::MetadataValue::from_static(namespace);
+        request.metadata_mut().insert("containerd-namespace", namespace);
+        Self::within(CALL_LIMIT, self.events.clone().publish(request))
+            .await
+            .map(|_| ())
     }
 
     pub(super) async fn image_status(&self, image: &str) -> Result<Option<api::Image>, RuntimeError> {

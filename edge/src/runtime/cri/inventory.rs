@@ -4,8 +4,7 @@
 //! answer holds as long as the object's state does, so it is kept under id and state. When nothing has changed,
 //! [`Cache::list`] makes two calls in all.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -35,17 +34,28 @@ pub(super) struct Cache {
 impl Cache {
     /// Everything of ours. What goes away during the call is left out; any other failure fails the call.
     pub(super) async fn list(&self, client: &Client) -> Result<Inventory, RuntimeError> {
+        self.ask(client, None, Scope::All).await
+    }
+
+    /// What is ours of one pod, likewise.
+    pub(super) async fn list_pod(&self, client: &Client, pod: &Uid) -> Result<Inventory, RuntimeError> {
+        self.ask(client, Some(pod), Scope::Part).await
+    }
+
+    async fn ask(&self, client: &Client, pod: Option<&Uid>, scope: Scope) -> Result<Inventory, RuntimeError> {
         let (sandboxes, containers) =
-            tokio::try_join!(client.list_pod_sandboxes(), client.list_containers(None))?;
+            tokio::try_join!(client.list_pod_sandboxes(pod), client.list_containers(pod, None))?;
         let (mut sandboxes, mut containers) = tokio::try_join!(
             known_or_asked(
                 &self.sandboxes,
+                scope,
                 sandboxes,
                 |brief| (brief.id.clone(), brief.state),
                 |brief| ask_sandbox(client, brief)
             ),
             known_or_asked(
                 &self.containers,
+                scope,
                 containers,
                 |brief| (brief.id.clone(), brief.state),
                 |brief| ask_container(client, brief)
@@ -60,9 +70,19 @@ impl Cache {
     }
 }
 
-/// Takes each listed object from `cache` or asks about it, and drops from `cache` what is not listed any more.
+/// What a listing covers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    /// Everything: what it does not name is gone.
+    All,
+    /// A part: it says nothing of what it does not name.
+    Part,
+}
+
+/// Takes each listed object from `cache` or asks about it. A complete listing drops from `cache` what it does not name.
 async fn known_or_asked<Brief, Full, Answer>(
     cache: &Mutex<HashMap<String, (i32, Full)>>,
+    scope: Scope,
     listed: Vec<Brief>,
     key: impl Fn(&Brief) -> (String, i32),
     ask: impl Fn(Brief) -> Answer,
@@ -75,19 +95,17 @@ where
     let mut unknown = Vec::new();
     {
         let mut cache = lock(cache);
-        let mut kept = HashMap::with_capacity(listed.len());
+        if scope == Scope::All {
+            let named: HashSet<String> = listed.iter().map(|brief| key(brief).0).collect();
+            cache.retain(|id, _| named.contains(id));
+        }
         for brief in listed {
             let (id, state) = key(&brief);
-            match cache.entry(id) {
-                Entry::Occupied(entry) if entry.get().0 == state => {
-                    let (id, answer) = entry.remove_entry();
-                    full.push(answer.1.clone());
-                    kept.insert(id, answer);
-                }
-                _ => unknown.push((key(&brief).0, brief)),
+            match cache.get(&id) {
+                Some((known, answer)) if *known == state => full.push(answer.clone()),
+                _ => unknown.push((id, brief)),
             }
         }
-        *cache = kept;
     }
     let asked: Vec<_> = stream::iter(unknown)
         .map(|(id, brief)| {
@@ -303,6 +321,7 @@ mod tests {
 
     async fn ask_about(
         cache: &Mutex<HashMap<String, (i32, String)>>,
+        scope: Scope,
         listed: &[(&str, i32)],
     ) -> (Vec<String>, usize) {
         let calls = AtomicUsize::new(0);
@@ -310,16 +329,22 @@ mod tests {
             .iter()
             .map(|(id, state)| ((*id).to_owned(), *state))
             .collect();
-        let answers = known_or_asked(cache, listed, Clone::clone, |(id, state): (String, i32)| {
-            calls.fetch_add(1, Ordering::Relaxed);
-            async move {
-                match id.as_str() {
-                    "gone" => Err(RuntimeError::NotFound(id)),
-                    "broken" => Err(RuntimeError::Failed(id)),
-                    _ => Ok((state, format!("{id}{state}"))),
+        let answers = known_or_asked(
+            cache,
+            scope,
+            listed,
+            Clone::clone,
+            |(id, state): (String, i32)| {
+                calls.fetch_add(1, Ordering::Relaxed);
+                async move {
+                    match id.as_str() {
+                        "gone" => Err(RuntimeError::NotFound(id)),
+                        "broken" => Err(RuntimeError::Failed(id)),
+                        _ => Ok((state, format!("{id}{state}"))),
+                    }
                 }
-            }
-        })
+            },
+        )
         .await;
         let mut answers = answers.unwrap();
         answers.sort();
@@ -330,31 +355,46 @@ mod tests {
     async fn only_what_is_new_or_in_another_state_is_asked_about() {
         let cache = Mutex::default();
         assert_eq!(
-            ask_about(&cache, &[("a", 1), ("b", 1)]).await,
+            ask_about(&cache, Scope::All, &[("a", 1), ("b", 1)]).await,
             (vec!["a1".into(), "b1".into()], 2)
         );
-        assert_eq!(ask_about(&cache, &[("a", 1), ("b", 1)]).await.1, 0);
+        assert_eq!(ask_about(&cache, Scope::All, &[("a", 1), ("b", 1)]).await.1, 0);
         assert_eq!(
-            ask_about(&cache, &[("a", 2), ("b", 1)]).await,
+            ask_about(&cache, Scope::All, &[("a", 2), ("b", 1)]).await,
             (vec!["a2".into(), "b1".into()], 1)
         );
-        assert_eq!(ask_about(&cache, &[("b", 1)]).await.1, 0);
+        assert_eq!(ask_about(&cache, Scope::All, &[("b", 1)]).await.1, 0);
         assert_eq!(lock(&cache).len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_part_asks_about_what_is_new_in_it_and_forgets_nothing_else() {
+        let cache = Mutex::default();
+        ask_about(&cache, Scope::All, &[("a", 1), ("b", 1)]).await;
+        assert_eq!(ask_about(&cache, Scope::Part, &[("b", 2)]).await.1, 1);
+        assert_eq!(ask_about(&cache, Scope::All, &[("a", 1), ("b", 2)]).await.1, 0);
     }
 
     #[tokio::test]
     async fn what_goes_away_between_list_and_status_is_left_out() {
         let cache = Mutex::default();
-        assert_eq!(ask_about(&cache, &[("a", 1), ("gone", 1)]).await.0, ["a1"]);
+        assert_eq!(
+            ask_about(&cache, Scope::All, &[("a", 1), ("gone", 1)]).await.0,
+            ["a1"]
+        );
     }
 
     #[tokio::test]
     async fn a_failing_status_fails_the_whole_list() {
         let cache: Mutex<HashMap<String, (i32, String)>> = Mutex::default();
         let listed = vec![("broken".to_owned(), 1)];
-        let outcome = known_or_asked(&cache, listed, Clone::clone, |(id, _): (String, i32)| async {
-            Err(RuntimeError::Failed(id))
-        })
+        let outcome = known_or_asked(
+            &cache,
+            Scope::All,
+            listed,
+            Clone::clone,
+            |(id, _): (String, i32)| async { Err(RuntimeError::Failed(id)) },
+        )
         .await;
         assert!(matches!(outcome, Err(RuntimeError::Failed(_))));
     }

@@ -7,6 +7,7 @@
 //! * [`changes`]: notices that something has changed;
 //! * [`usage`]: where the use of containers is read;
 //! * [`operations`]: counts and times the calls;
+//! * [`exits`]: containerd's own notice that a task has ended, the quickest of them;
 //! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken;
 //! * [`stay`]: which images must stay, and where images are kept.
 //!
@@ -17,6 +18,7 @@
 mod changes;
 mod client;
 mod config;
+mod exits;
 mod failure;
 mod inventory;
 mod operations;
@@ -29,6 +31,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use skerry_proto::object::Uid;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -45,6 +48,12 @@ pub use operations::Operations;
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
 mod api {
     tonic::include_proto!("runtime.v1");
+}
+
+/// containerd's own events, generated from `proto/containerd/events.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
+mod containerd {
+    tonic::include_proto!("containerd.services.events.v1");
 }
 
 /// A CRI runtime behind a unix socket. See the [module](self).
@@ -165,6 +174,10 @@ impl Runtime for CriRuntime {
 
     async fn stats(&self, inventory: &Inventory) -> Result<RuntimeUse, RuntimeError> {
         self.usage.read(&self.client, inventory).await
+    }
+
+    async fn list_pod(&self, pod: &Uid) -> Result<Inventory, RuntimeError> {
+        self.inventory.list_pod(&self.client, pod).await
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

@@ -19,11 +19,11 @@ pub(super) fn is_name_taken<T>(outcome: &Result<T, CreateError>) -> bool {
 
 /// Removes the leftover that has the name of `config`. Answers whether there was one, so that trying again may help.
 pub(super) async fn free_sandbox_name(client: &Client, config: &SandboxConfig) -> Result<bool, RuntimeError> {
-    let listed = client.list_pod_sandboxes().await?;
+    let listed = client.list_pod_sandboxes(None).await?;
     let Some(leftover) = listed.into_iter().find(|sandbox| is_sandbox(sandbox, config)) else {
         return Ok(false);
     };
-    let containers = client.list_containers(Some(&leftover.id)).await?;
+    let containers = client.list_containers(None, Some(&leftover.id)).await?;
     if let Some(running) = containers.iter().find(|container| is_running(container)) {
         return Err(RuntimeError::Failed(format!(
             "sandbox {} of pod {}/{} exists and container {} runs in it",
@@ -47,7 +47,7 @@ pub(super) async fn free_container_name(
     name: &str,
     attempt: u32,
 ) -> Result<bool, RuntimeError> {
-    let listed = client.list_containers(Some(&sandbox.0)).await?;
+    let listed = client.list_containers(None, Some(&sandbox.0)).await?;
     let Some(leftover) = listed.into_iter().find(|container| {
         container
             .metadata
