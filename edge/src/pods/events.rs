@@ -27,7 +27,7 @@ pub enum Level {
     Warning,
 }
 
-/// Emits events into the outbox. Clones share the counts.
+/// Emits events into the outbox, in order and without waiting for the disk. Clones share the counts.
 #[derive(Clone)]
 pub(crate) struct Events {
     store: Store,
@@ -135,9 +135,8 @@ impl Events {
             observed: now,
             body: report::Report::Event(event),
         };
-        if let Err(error) = self.store.report(report).await {
-            tracing::error!(%error, reason, "an event could not be queued");
-        }
+        // Nothing waits for an event. One that cannot be stored is named in the log by the store.
+        drop(self.store.queue_report(report));
     }
 
     /// Forgets a pod that is gone.

@@ -290,10 +290,8 @@ impl Pods {
                     supervisor.look(moved);
                 }
                 Some(look) = supervisor.looks.join_next() => supervisor.looked(look),
-                _ = tick.tick() => {
-                    supervisor.look(Ok(()));
-                    supervisor.wake(|_| true);
-                }
+                // Wakes those for which it finds something; a worker looks up by itself now and then.
+                _ = tick.tick() => supervisor.look(Ok(())),
                 // The sender lives in `self`.
                 _ = rounds.changed() => supervisor.wake(|_| true),
                 Some(nudge) = nudges.recv() => supervisor.nudged(nudge),
@@ -412,7 +410,7 @@ impl Supervisor {
             | Kind::Secret
             | Kind::RuntimeClass
             | Kind::PersistentVolumeClaim
-            | Kind::PersistentVolume => self.wake(|_| true),
+            | Kind::PersistentVolume => self.wake_in(&notice.namespace),
             _ => {}
         }
     }
@@ -459,6 +457,18 @@ impl Supervisor {
             if which(uid) {
                 orders.send_modify(|o| o.wakes += 1);
             }
+        }
+    }
+
+    /// Wakes the pods that may use an object of a namespace; all of them when it is of none.
+    fn wake_in(&self, namespace: &str) {
+        for orders in self.workers.values() {
+            orders.send_if_modified(|o| {
+                let own = o.pod.as_ref().and_then(|pod| pod.metadata.namespace.as_deref());
+                let wake = namespace.is_empty() || own.is_none_or(|own| own == namespace);
+                o.wakes += u64::from(wake);
+                wake
+            });
         }
     }
 

@@ -105,7 +105,8 @@ impl Worker {
         }
         self.shared.events.forget(self.uid.as_str());
         self.shared.images.forget(self.uid.as_str());
-        Ok(self.shared.store.state_delete(ROOM, self.uid.as_str())?)
+        self.await_later(self.shared.store.queue_state_end(ROOM, self.uid.as_str()));
+        Ok(())
     }
 
     /// Stops all containers, then the sandboxes. With a pod, sidecars go last, and it is said in events.

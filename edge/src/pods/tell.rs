@@ -100,7 +100,7 @@ impl Worker {
         let status: k8s_openapi::api::core::v1::PodStatus = serde_json::from_slice(&json).unwrap_or_default();
         self.note_phase(pod, status.phase.clone().unwrap_or_default());
         let round = *self.shared.report_round.borrow();
-        let asked = round != self.reported_in;
+        let asked = round != self.reported_in || self.unsure;
         if !asked && self.record.status.as_ref() == Some(&status) && (!finished || self.record.finished) {
             return Ok(());
         }
@@ -112,18 +112,18 @@ impl Worker {
             finished: finished || self.record.finished,
         });
         let coalesce = Some(format!("pod/{}", self.uid));
-        self.shared
-            .store
-            .report(NewReport {
-                coalesce,
-                observed: self.shared.clock.now(),
-                body,
-            })
-            .await?;
         self.reported_in = round;
         self.record.status = Some(status);
         self.record.finished |= finished;
-        self.save()
+        // The record first: whoever sees the report finds the status here.
+        self.save()?;
+        let report = self.shared.store.queue_report(NewReport {
+            coalesce,
+            observed: self.shared.clock.now(),
+            body,
+        });
+        self.await_later(report);
+        Ok(())
     }
 
     fn note_phase(&self, pod: &Pod, phase: String) {

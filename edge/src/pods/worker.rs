@@ -23,12 +23,12 @@ use super::status::{self, Phase, Waiting};
 use super::teardown::stop_all;
 use super::{Clock, PodsConfig, ROOM, Summary, ephemeral, volumes};
 use crate::runtime::{ContainerId, Features, Runtime, RuntimeError};
-use crate::store::Store;
+use crate::store::{Store, Written};
 
 /// Try again after an error.
 pub(super) const RETRY: Duration = Duration::from_secs(10);
-/// Look again although nothing happened.
-const IDLE: Duration = Duration::from_secs(60);
+/// Look again although nothing happened: everything that a pod depends on brings a notice, this is the net below.
+const IDLE: Duration = Duration::from_secs(300);
 /// Rounds of look and do before the task looks up.
 const MAX_ROUNDS: usize = 32;
 
@@ -114,6 +114,10 @@ pub(super) struct Worker {
     pub(super) features: Features,
     /// The report round in which the status was last reported.
     pub(super) reported_in: u64,
+    /// Writes of this round that may not be on disk yet.
+    writes: Mutex<Vec<Written>>,
+    /// A write has failed: the status must be reported again, changed or not.
+    pub(super) unsure: bool,
 }
 
 impl Worker {
@@ -146,6 +150,8 @@ impl Worker {
             said_unsupported: false,
             features: Features::default(),
             reported_in,
+            writes: Mutex::default(),
+            unsure: false,
         }
     }
 
@@ -155,18 +161,20 @@ impl Worker {
             let orders = self.orders.borrow_and_update().clone();
             self.again = IDLE;
             let result = if orders.removed {
-                match self.vanish(orders.pod.as_deref()).await {
-                    Ok(()) => break,
-                    Err(error) => Err(error),
-                }
+                self.vanish(orders.pod.as_deref()).await
             } else if let Some(pod) = &orders.pod {
                 self.live(pod, orders.stops()).await
             } else {
                 Ok(())
             };
-            if let Err(error) = result {
-                tracing::warn!(uid = %self.uid, %error, "a pod's round failed; trying again");
-                self.again = self.again.min(RETRY);
+            // Whatever came of the round: what it wrote must be on disk before the next.
+            match result.and(self.on_disk().await) {
+                Ok(()) if orders.removed => break,
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::warn!(uid = %self.uid, %error, "a pod's round failed; trying again");
+                    self.again = self.again.min(RETRY);
+                }
             }
             if self.wait(&orders).await.is_err() {
                 return;
@@ -306,11 +314,37 @@ impl Worker {
         Ok(())
     }
 
+    /// Queues the record for the disk. What is on disk is always the record after some step; what the last steps before
+    /// a crash wrote may be missing, and shows in the runtime again.
     pub(super) fn save(&self) -> Result<(), SyncError> {
-        Ok(self
+        let written = self
             .shared
             .store
-            .state_put(ROOM, self.uid.as_str(), &self.record)?)
+            .queue_state(ROOM, self.uid.as_str(), &self.record)?;
+        self.await_later(written);
+        Ok(())
+    }
+
+    /// Leaves a write to be waited for at the end of the round.
+    pub(super) fn await_later(&self, write: Written) {
+        self.writes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(write);
+    }
+
+    /// Waits until all that this round wrote is on disk.
+    async fn on_disk(&mut self) -> Result<(), SyncError> {
+        let writes = std::mem::take(&mut *self.writes.lock().unwrap_or_else(PoisonError::into_inner));
+        if writes.is_empty() {
+            return Ok(());
+        }
+        self.unsure = true;
+        for write in writes {
+            write.on_disk().await?;
+        }
+        self.unsure = false;
+        Ok(())
     }
 
     pub(super) fn pod_dir(&self) -> PathBuf {

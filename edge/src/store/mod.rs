@@ -2,8 +2,9 @@
 //!
 //! # Design
 //!
-//! One redb file, `<data-dir>/store.redb`. Every write is one transaction that is on disk (fsync) before the call
-//! returns, so "stored" means "survives a power cut". Readers see a consistent snapshot and never wait for writers.
+//! One redb file, `<data-dir>/store.redb`. A write whose call or answer ([`Written`]) has returned is on disk (fsync), so
+//! "stored" means "survives a power cut". Writes of one moment share a transaction and are on disk in the order in which
+//! they were queued ([`writer`]). Readers see a consistent snapshot and never wait for writers.
 //!
 //! | Table | Key | Value | Written by |
 //! |---|---|---|---|
@@ -38,20 +39,22 @@ mod outbox;
 mod schema;
 #[cfg(test)]
 mod tests;
+mod writer;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prost::Message;
-use redb::{ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{ReadableTable, ReadableTableMetadata, TableDefinition, WriteTransaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use skerry_proto::link::{self, Kind, Upsert, change};
 use skerry_proto::object::{ContentHash, ObjectKey, PackError, Uid, unpack};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, oneshot, watch};
 
 use file::File;
+use writer::{Done, Write, Writer};
 
 pub use outbox::{MAX_EVENTS, NewReport};
 
@@ -214,11 +217,34 @@ pub struct Store {
 }
 
 struct Inner {
-    file: File,
+    shared: Arc<Shared>,
     id: String,
+    writer: Writer,
+}
+
+/// What readers and the writer share.
+struct Shared {
+    file: File,
     changes: broadcast::Sender<ObjectChanged>,
     outbox_moved: watch::Sender<u64>,
     dropped: AtomicU64,
+}
+
+/// A write under way. Dropping it does not stop the write; a failure is then logged.
+#[must_use = "a write that nobody waits for may fail unseen"]
+pub struct Written(oneshot::Receiver<Result<Done, StoreError>>);
+
+impl Written {
+    /// Waits until it is on disk. Answers a report's number, and 0 for anything else. Cancellation safe.
+    pub async fn on_disk(self) -> Result<u64, StoreError> {
+        match self.0.await {
+            Ok(done) => Ok(done?.seq),
+            Err(_) => Err(StoreError::Value {
+                what: "transaction".to_owned(),
+                reason: "the thread that writes has ended".to_owned(),
+            }),
+        }
+    }
 }
 
 impl Store {
@@ -226,15 +252,20 @@ impl Store {
     ///
     /// Blocking. Never overwrites a file that it cannot read.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
-        let (file, id) = File::open(dir.join("store.redb"), CACHE_BYTES)?;
+        let path = dir.join("store.redb");
+        let (file, id) = File::open(path.clone(), CACHE_BYTES)?;
+        let shared = Arc::new(Shared {
+            file,
+            changes: broadcast::Sender::new(CHANGE_NOTICES),
+            outbox_moved: watch::Sender::new(0),
+            dropped: AtomicU64::new(0),
+        });
+        let writer = Writer::start(Arc::clone(&shared)).map_err(|error| OpenError::Io {
+            path,
+            reason: error.to_string(),
+        })?;
         Ok(Self {
-            inner: Arc::new(Inner {
-                file,
-                id,
-                changes: broadcast::Sender::new(CHANGE_NOTICES),
-                outbox_moved: watch::Sender::new(0),
-                dropped: AtomicU64::new(0),
-            }),
+            inner: Arc::new(Inner { shared, id, writer }),
         })
     }
 
@@ -245,12 +276,12 @@ impl Store {
 
     /// Bytes of the file on disk.
     pub fn size_bytes(&self) -> u64 {
-        std::fs::metadata(self.inner.file.path()).map_or(0, |m| m.len())
+        std::fs::metadata(self.inner.shared.file.path()).map_or(0, |m| m.len())
     }
 
     /// Notices of object changes from now on. A receiver that lags must read everything again.
     pub fn changes(&self) -> broadcast::Receiver<ObjectChanged> {
-        self.inner.changes.subscribe()
+        self.inner.shared.changes.subscribe()
     }
 
     /// Commits a batch of the provider's changes in one transaction, then notifies.
@@ -258,35 +289,16 @@ impl Store {
     /// An object that cannot be stored (unknown kind, bad hash) is skipped and logged: one bad object never stops the
     /// rest. Not cancelled by dropping the future: the transaction completes.
     pub async fn apply(&self, changes: Vec<change::Change>) -> Result<(), StoreError> {
-        let store = self.clone();
-        run_blocking(move || store.apply_blocking(changes)).await
+        self.queue(Write::Apply(changes)).on_disk().await.map(drop)
     }
 
-    fn apply_blocking(&self, changes: Vec<change::Change>) -> Result<(), StoreError> {
-        let mut notices = Vec::with_capacity(changes.len());
-        let transaction = self.inner.file.begin_write()?;
-        {
-            let mut objects = transaction.open_table(OBJECTS)?;
-            let mut names = transaction.open_table(NAMES)?;
-            for change in changes {
-                let notice = match change {
-                    change::Change::Upsert(upsert) => upsert_object(&mut objects, &mut names, upsert)?,
-                    change::Change::Remove(remove) => remove_object(&mut objects, &mut names, &remove)?,
-                };
-                notices.extend(notice);
-            }
-        }
-        transaction.commit()?;
-        for notice in notices {
-            // Nobody listening is fine: rooms read the store when they start.
-            let _ = self.inner.changes.send(notice);
-        }
-        Ok(())
+    fn queue(&self, write: Write) -> Written {
+        Written(self.inner.writer.queue(write))
     }
 
     /// The object with that kind and UID.
     pub fn get(&self, key: &ObjectKey) -> Result<Option<StoredObject>, StoreError> {
-        let transaction = self.inner.file.begin_read()?;
+        let transaction = self.inner.shared.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         objects
             .get((kind_byte(key.kind), key.uid.as_str()))?
@@ -296,7 +308,7 @@ impl Store {
 
     /// The object with that name; `namespace` is empty for cluster-scoped kinds.
     pub fn find(&self, kind: Kind, namespace: &str, name: &str) -> Result<Option<StoredObject>, StoreError> {
-        let transaction = self.inner.file.begin_read()?;
+        let transaction = self.inner.shared.file.begin_read()?;
         let names = transaction.open_table(NAMES)?;
         let Some(uid) = names.get((kind_byte(kind), namespace, name))? else {
             return Ok(None);
@@ -310,7 +322,7 @@ impl Store {
 
     /// All objects of a kind, ordered by UID. One that cannot be read is logged and left out.
     pub fn list(&self, kind: Kind) -> Result<Vec<StoredObject>, StoreError> {
-        let transaction = self.inner.file.begin_read()?;
+        let transaction = self.inner.shared.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         let byte = kind_byte(kind);
         let mut found = Vec::new();
@@ -326,7 +338,7 @@ impl Store {
 
     /// How many objects of a kind are stored.
     pub fn count(&self, kind: Kind) -> Result<usize, StoreError> {
-        let transaction = self.inner.file.begin_read()?;
+        let transaction = self.inner.shared.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         let byte = kind_byte(kind);
         let mut count = 0;
@@ -339,7 +351,7 @@ impl Store {
 
     /// What the store holds, for the handshake with the provider.
     pub fn inventory(&self) -> Result<Vec<link::InventoryEntry>, StoreError> {
-        let transaction = self.inner.file.begin_read()?;
+        let transaction = self.inner.shared.file.begin_read()?;
         let objects = transaction.open_table(OBJECTS)?;
         let mut entries = Vec::with_capacity(usize::try_from(objects.len()?).unwrap_or(0));
         for entry in objects.iter()? {
@@ -363,7 +375,7 @@ impl Store {
 
     /// A room's own record.
     pub fn state_get<T: DeserializeOwned>(&self, room: &str, key: &str) -> Result<Option<T>, StoreError> {
-        let transaction = self.inner.file.begin_read()?;
+        let transaction = self.inner.shared.file.begin_read()?;
         let table = transaction.open_table(STATE)?;
         table
             .get((room, key))?
@@ -373,7 +385,7 @@ impl Store {
 
     /// All records of a room, by key. One that cannot be read is logged and left out.
     pub fn state_list<T: DeserializeOwned>(&self, room: &str) -> Result<Vec<(String, T)>, StoreError> {
-        let transaction = self.inner.file.begin_read()?;
+        let transaction = self.inner.shared.file.begin_read()?;
         let table = transaction.open_table(STATE)?;
         let mut found = Vec::new();
         for entry in table.range((room, "")..)? {
@@ -390,30 +402,71 @@ impl Store {
         Ok(found)
     }
 
-    /// Writes a room's record; on disk when this returns.
+    /// Queues a room's record, after everything that was queued before; for many small writes in a row. Fails when the
+    /// record cannot be put into words. A room uses either this for a record, or [`Store::state_put`].
+    pub fn queue_state<T: Serialize>(
+        &self,
+        room: &'static str,
+        key: &str,
+        record: &T,
+    ) -> Result<Written, StoreError> {
+        let json = state_json(room, key, record)?;
+        let key = key.to_owned();
+        Ok(self.queue(Write::Put { room, key, json }))
+    }
+
+    /// Queues the end of a room's record; one that is not there is fine.
+    pub fn queue_state_end(&self, room: &'static str, key: &str) -> Written {
+        let key = key.to_owned();
+        self.queue(Write::Delete { room, key })
+    }
+
+    /// Writes a room's record; on disk when this returns. Blocking.
     pub fn state_put<T: Serialize>(&self, room: &str, key: &str, record: &T) -> Result<(), StoreError> {
-        let json = serde_json::to_vec(record).map_err(|e| StoreError::Value {
-            what: format!("{room} record {key}"),
-            reason: e.to_string(),
-        })?;
-        let transaction = self.inner.file.begin_write()?;
+        let json = state_json(room, key, record)?;
+        let transaction = self.inner.shared.file.begin_write()?;
         transaction
             .open_table(STATE)?
             .insert((room, key), json.as_slice())?;
         Ok(transaction.commit()?)
     }
 
-    /// Removes a room's record; one that is not there is fine.
+    /// Removes a room's record; one that is not there is fine. Blocking.
     pub fn state_delete(&self, room: &str, key: &str) -> Result<(), StoreError> {
-        let transaction = self.inner.file.begin_write()?;
+        let transaction = self.inner.shared.file.begin_write()?;
         transaction.open_table(STATE)?.remove((room, key))?;
         Ok(transaction.commit()?)
     }
 
     /// Reports that were dropped for want of room since the daemon started.
     pub fn dropped_reports(&self) -> u64 {
-        self.inner.dropped.load(Ordering::Relaxed)
+        self.inner.shared.dropped.load(Ordering::Relaxed)
     }
+}
+
+fn state_json<T: Serialize>(room: &str, key: &str, record: &T) -> Result<Vec<u8>, StoreError> {
+    serde_json::to_vec(record).map_err(|e| StoreError::Value {
+        what: format!("{room} record {key}"),
+        reason: e.to_string(),
+    })
+}
+
+/// Carries out the provider's changes; answers what to tell the rooms once they are on disk.
+fn apply(
+    transaction: &WriteTransaction,
+    changes: &[change::Change],
+) -> Result<Vec<ObjectChanged>, StoreError> {
+    let mut notices = Vec::with_capacity(changes.len());
+    let mut objects = transaction.open_table(OBJECTS)?;
+    let mut names = transaction.open_table(NAMES)?;
+    for change in changes {
+        let notice = match change {
+            change::Change::Upsert(upsert) => upsert_object(&mut objects, &mut names, upsert.clone())?,
+            change::Change::Remove(remove) => remove_object(&mut objects, &mut names, remove)?,
+        };
+        notices.extend(notice);
+    }
+    Ok(notices)
 }
 
 type ObjectTable<'t> = redb::Table<'t, (u8, &'static str), &'static [u8]>;
@@ -500,16 +553,4 @@ fn decode_state<T: DeserializeOwned>(room: &str, key: &str, json: &[u8]) -> Resu
 fn kind_byte(kind: Kind) -> u8 {
     // Kinds are few and numbered from 0; the enum has no value beyond 255.
     u8::try_from(i32::from(kind)).unwrap_or(0)
-}
-
-async fn run_blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, StoreError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(stopped) => Err(StoreError::Value {
-            what: "transaction".to_owned(),
-            reason: stopped.to_string(),
-        }),
-    }
 }

@@ -61,6 +61,24 @@ enum Step {
     Reopen,
 }
 
+/// A write, waited for.
+fn write(store: &Store, write: super::Write) -> Result<super::Done, StoreError> {
+    let answer = store.inner.writer.queue(write);
+    answer.blocking_recv().unwrap()
+}
+
+fn apply(store: &Store, changes: Vec<change::Change>) -> Result<(), StoreError> {
+    write(store, super::Write::Apply(changes)).map(drop)
+}
+
+fn report(store: &Store, report: NewReport) -> Result<u64, StoreError> {
+    write(store, super::Write::Report(Box::new(report))).map(|done| done.seq)
+}
+
+fn settle(store: &Store, seqs: &[u64]) -> Result<(), StoreError> {
+    write(store, super::Write::Settle(seqs.to_vec())).map(drop)
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(
         prop_oneof![
@@ -87,13 +105,13 @@ proptest! {
             match step {
                 Step::Upsert(uid, name, value) => {
                     let (uid, name) = (format!("u{uid}"), format!("n{name}"));
-                    store.apply_blocking(vec![upsert(Kind::Pod, &uid, &name, value)]).unwrap();
+                    apply(&store, vec![upsert(Kind::Pod, &uid, &name, value)]).unwrap();
                     objects.insert(uid.clone(), (name.clone(), value));
                     names.insert(name, uid);
                 }
                 Step::Remove(uid) => {
                     let uid = format!("u{uid}");
-                    store.apply_blocking(vec![remove(Kind::Pod, &uid)]).unwrap();
+                    apply(&store, vec![remove(Kind::Pod, &uid)]).unwrap();
                     if let Some((name, _)) = objects.remove(&uid)
                         && names.get(&name) == Some(&uid) {
                         names.remove(&name);
@@ -101,7 +119,7 @@ proptest! {
                 }
                 Step::Report(key, value) => {
                     let text = key.map(|k| k.to_string());
-                    let seq = store.report_blocking(event(text.as_deref(), &value.to_string())).unwrap();
+                    let seq = report(&store, event(text.as_deref(), &value.to_string())).unwrap();
                     if key.is_some() {
                         outbox.retain(|(_, k, _)| *k != key);
                     }
@@ -109,7 +127,7 @@ proptest! {
                 }
                 Step::Settle(index) => {
                     if let Some((seq, _, _)) = outbox.get(usize::from(index)).cloned() {
-                        store.settle_blocking(&[seq]).unwrap();
+                        settle(&store, &[seq]).unwrap();
                         outbox.retain(|(s, _, _)| *s != seq);
                     }
                 }
@@ -146,15 +164,14 @@ proptest! {
 fn kinds_do_not_mix() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    store
-        .apply_blocking(vec![
-            upsert(Kind::Pod, "u", "n", 1),
-            upsert(Kind::Secret, "u", "n", 2),
-        ])
-        .unwrap();
+    apply(
+        &store,
+        vec![upsert(Kind::Pod, "u", "n", 1), upsert(Kind::Secret, "u", "n", 2)],
+    )
+    .unwrap();
     assert_eq!(store.list(Kind::Pod).unwrap().len(), 1);
     assert_eq!(store.count(Kind::Secret).unwrap(), 1);
-    store.apply_blocking(vec![remove(Kind::Pod, "u")]).unwrap();
+    apply(&store, vec![remove(Kind::Pod, "u")]).unwrap();
     assert!(store.find(Kind::Pod, "ns", "n").unwrap().is_none());
     assert!(store.find(Kind::Secret, "ns", "n").unwrap().is_some());
 }
@@ -168,9 +185,7 @@ fn a_bad_object_does_not_stop_the_batch() {
         uid: "bad".to_owned(),
         ..Default::default()
     });
-    store
-        .apply_blocking(vec![bad, upsert(Kind::Pod, "good", "n", 1)])
-        .unwrap();
+    apply(&store, vec![bad, upsert(Kind::Pod, "good", "n", 1)]).unwrap();
     assert_eq!(store.list(Kind::Pod).unwrap().len(), 1);
 }
 
@@ -179,7 +194,7 @@ fn events_beyond_the_limit_push_out_the_oldest_and_are_counted() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     // Filling the real limit through fsynced transactions would take minutes on a slow disk: fill the tables at once.
-    let transaction = store.inner.file.begin_write().unwrap();
+    let transaction = store.inner.shared.file.begin_write().unwrap();
     {
         let mut events = transaction.open_table(outbox::EVENTS).unwrap();
         for seq in 1..=MAX_EVENTS {
@@ -190,7 +205,7 @@ fn events_beyond_the_limit_push_out_the_oldest_and_are_counted() {
             .unwrap();
     }
     transaction.commit().unwrap();
-    store.report_blocking(event(None, "new")).unwrap();
+    report(&store, event(None, "new")).unwrap();
     assert_eq!(store.dropped_reports(), 1);
     assert_eq!(messages(&store), ["new"]);
 }
@@ -244,7 +259,7 @@ fn a_truncated_or_foreign_file_is_refused_and_left_as_it_is() {
 fn a_newer_schema_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let transaction = store.inner.file.begin_write().unwrap();
+    let transaction = store.inner.shared.file.begin_write().unwrap();
     transaction
         .open_table(META)
         .unwrap()
@@ -256,4 +271,17 @@ fn a_newer_schema_is_refused() {
         Store::open(dir.path()),
         Err(OpenError::TooNew { found: 99, .. })
     ));
+}
+
+#[test]
+fn what_was_queued_is_on_disk_in_order_when_the_store_is_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    for number in 0..1_000 {
+        drop(store.queue_state("pods", "a", &number).unwrap());
+    }
+    drop(store.queue_state_end("pods", "b"));
+    drop(store);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.state_get::<u32>("pods", "a").unwrap(), Some(999));
 }

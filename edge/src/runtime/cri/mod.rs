@@ -8,6 +8,7 @@
 //! * [`usage`]: where the use of containers is read;
 //! * [`operations`]: counts and times the calls;
 //! * [`exits`]: containerd's own notice that a task has ended, the quickest of them;
+//! * [`gate`]: how many costly calls are under way at the same time, and which come first;
 //! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken;
 //! * [`stay`]: which images must stay, and where images are kept.
 //!
@@ -20,6 +21,7 @@ mod client;
 mod config;
 mod exits;
 mod failure;
+mod gate;
 mod inventory;
 mod operations;
 mod reserved;
@@ -42,6 +44,7 @@ use super::{
 };
 use crate::cgroup::Driver;
 use client::Client;
+use gate::{Gate, Turn};
 pub use operations::Operations;
 
 /// Messages and services of CRI v1, generated from `proto/cri/runtime.proto`.
@@ -62,6 +65,7 @@ mod containerd {
 pub struct CriRuntime {
     client: Client,
     inventory: inventory::Cache,
+    gate: Gate,
     changes: changes::Counter,
     usage: usage::Cache,
     /// Of an engine that cannot be asked.
@@ -88,6 +92,7 @@ impl CriRuntime {
         CriRuntime {
             client,
             inventory: inventory::Cache::default(),
+            gate: Gate::new(std::thread::available_parallelism().map_or(2, usize::from) + 1),
             changes,
             usage: usage::Cache::default(),
             old_engine_driver: Driver::default(),
@@ -189,7 +194,8 @@ impl Runtime for CriRuntime {
             config: Some(config::sandbox(config, self.client.owner())),
             runtime_handler: config.runtime_handler.clone(),
         };
-        let mut outcome = self.client.run_pod_sandbox(request.clone()).await;
+        let call = self.client.run_pod_sandbox(request.clone());
+        let mut outcome = self.gate.pass(Turn::Sandbox, call).await;
         if reserved::is_name_taken(&outcome) && reserved::free_sandbox_name(&self.client, config).await? {
             outcome = self.client.run_pod_sandbox(request).await;
         }
@@ -197,11 +203,19 @@ impl Runtime for CriRuntime {
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
-        self.after_change(gone_is_success(self.client.stop_pod_sandbox(&id.0).await))
+        self.after_change(gone_is_success(
+            self.gate
+                .pass(Turn::Stop, self.client.stop_pod_sandbox(&id.0))
+                .await,
+        ))
     }
 
     async fn remove_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
-        self.after_change(gone_is_success(self.client.remove_pod_sandbox(&id.0).await))
+        self.after_change(gone_is_success(
+            self.gate
+                .pass(Turn::Tidy, self.client.remove_pod_sandbox(&id.0))
+                .await,
+        ))
     }
 
     async fn create_container(
@@ -215,7 +229,8 @@ impl Runtime for CriRuntime {
             config: Some(config::container(config, sandbox_config, self.client.owner())?),
             sandbox_config: Some(config::sandbox(sandbox_config, self.client.owner())),
         };
-        let mut outcome = self.client.create_container(request.clone()).await;
+        let call = self.client.create_container(request.clone());
+        let mut outcome = self.gate.pass(Turn::Container, call).await;
         if reserved::is_name_taken(&outcome)
             && reserved::free_container_name(&self.client, sandbox, &config.name, config.attempt).await?
         {
@@ -225,7 +240,8 @@ impl Runtime for CriRuntime {
     }
 
     async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
-        self.after_change(self.client.start_container(&id.0).await)
+        let call = self.client.start_container(&id.0);
+        self.after_change(self.gate.pass(Turn::Container, call).await)
     }
 
     async fn stop_container(&self, id: &ContainerId, grace: Duration) -> Result<(), RuntimeError> {
