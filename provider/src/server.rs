@@ -196,6 +196,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         mirror: Arc::clone(&mirror),
         address,
         ports: Arc::clone(&ports),
+        written: pods::Written::default(),
     };
     let link_deps = Arc::new(LinkDeps {
         client: client.clone(),
@@ -369,6 +370,7 @@ struct Sink {
     mirror: Arc<Mirror>,
     address: KubeletAddress,
     ports: Arc<NodePorts>,
+    written: pods::Written,
 }
 
 #[tonic::async_trait]
@@ -376,7 +378,7 @@ impl ReportSink for Sink {
     async fn take(&self, site: &SiteName, report: &Report) -> Outcome {
         match &report.report {
             Some(report::Report::PodStatus(status)) => {
-                pods::status::apply(&self.client, &self.mirror, site, status).await
+                pods::status::apply(&self.client, &self.mirror, &self.written, site, status).await
             }
             Some(report::Report::NodeStatus(status)) => {
                 let address = KubeletAddress {

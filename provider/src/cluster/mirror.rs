@@ -230,7 +230,10 @@ impl Mirror {
         let mut dirty = BTreeSet::new();
         {
             let mut state = self.write();
-            if kind == Kind::Pod {
+            let known = state.object(kind, &object.key.uid);
+            // An echo of what the site has reported: the newest object is kept, but nobody need look.
+            let echo = known.is_some_and(|known| known.hash == object.hash);
+            if kind == Kind::Pod && !echo {
                 state.bind(&object, &mut dirty);
             }
             let newer = Arc::new(object);
@@ -238,7 +241,7 @@ impl Mirror {
             let place = (newer.namespace.clone(), newer.name.clone());
             table.by_name.insert(place, newer.key.uid.clone());
             let older = table.by_uid.insert(newer.key.uid.clone(), Arc::clone(&newer));
-            for object in older.iter().chain([&newer]) {
+            for object in older.iter().chain([&newer]).filter(|_| !echo) {
                 state.affected(object, &mut dirty);
             }
         }

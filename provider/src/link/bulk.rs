@@ -28,7 +28,7 @@ const INVENTORY_LIMIT: usize = 200_000;
 /// How often tokens are checked for renewal and failed ones are asked for again.
 const TOKEN_CHECK: Duration = Duration::from_secs(10);
 /// Changes of the cluster that follow each other this closely are taken together.
-const SETTLE: Duration = Duration::from_millis(5);
+const SETTLE: Duration = Duration::from_millis(1);
 /// Token requests under way for one site.
 const MINTS: usize = 16;
 

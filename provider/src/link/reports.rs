@@ -1,9 +1,12 @@
 //! Reports of a site on their way to the API server.
 //!
-//! Each session has a few lanes; all reports about one object take the same lane, so that they arrive in order. A
-//! lane tries a report again until the API server has it or will never take it, and only then answers the edge, whose
-//! outbox keeps the report until that answer.
+//! Each session has a few lanes; all statuses of one object take the same lane, so that they arrive in order, and so do
+//! its events, in a lane for events, so that no status waits behind one. A lane tries a report again until the API server
+//! has it or will never take it, and only then answers the edge, whose outbox keeps the report until that answer. A
+//! status that a newer one of the same object follows in its lane is answered without being written: only the newest
+//! matters.
 
+use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +19,10 @@ use tonic::Status;
 
 use super::sessions::Session;
 
-const LANES: usize = 4;
+/// Lanes for statuses.
+const LANES: usize = 6;
+/// Lanes for events.
+const EVENT_LANES: usize = 2;
 const LANE_QUEUE: usize = 64;
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(15);
@@ -72,7 +78,7 @@ impl Lanes {
         session: &Session,
         results: &mpsc::Sender<Result<CloudBulk, Status>>,
     ) -> Self {
-        let lanes = (0..LANES)
+        let lanes = (0..LANES + EVENT_LANES)
             .map(|_| {
                 let (sender, queue) = mpsc::channel(LANE_QUEUE);
                 let lane = Lane {
@@ -92,7 +98,11 @@ impl Lanes {
         let mut hasher = DefaultHasher::new();
         subject(&report).hash(&mut hasher);
         #[allow(clippy::cast_possible_truncation)]
-        let lane = hasher.finish() as usize % self.lanes.len();
+        let hash = hasher.finish() as usize;
+        let lane = match &report.report {
+            Some(report::Report::Event(_)) => LANES + hash % EVENT_LANES,
+            _ => hash % LANES,
+        };
         // A closed lane belongs to a session that is over.
         let _ = self.lanes[lane].send(report).await;
     }
@@ -108,8 +118,13 @@ impl Lane {
     async fn run(self, mut queue: mpsc::Receiver<Report>) {
         let over = self.session.over.clone();
         let work = async {
-            while let Some(report) = queue.recv().await {
-                let (outcome, message) = self.settle(&report).await;
+            let mut taken = VecDeque::new();
+            while let Some(report) = next(&mut taken, &mut queue).await {
+                let (outcome, message) = if taken.iter().any(|newer| supersedes(newer, &report)) {
+                    (Wire::Accepted, String::new())
+                } else {
+                    self.settle(&report).await
+                };
                 let result = ReportResult {
                     seq: report.seq,
                     outcome: outcome.into(),
@@ -148,6 +163,30 @@ impl Lane {
     }
 }
 
+/// The oldest report of a lane; `taken` are those behind it.
+async fn next(taken: &mut VecDeque<Report>, queue: &mut mpsc::Receiver<Report>) -> Option<Report> {
+    if taken.is_empty() {
+        taken.push_back(queue.recv().await?);
+    }
+    while taken.len() < LANE_QUEUE
+        && let Ok(report) = queue.try_recv()
+    {
+        taken.push_back(report);
+    }
+    taken.pop_front()
+}
+
+/// A newer status of the same object says all that an older one did.
+fn supersedes(newer: &Report, older: &Report) -> bool {
+    use report::Report::{DeviceStatus, NodeStatus, PodStatus};
+    match (&newer.report, &older.report) {
+        (Some(PodStatus(newer)), Some(PodStatus(older))) => newer.uid == older.uid,
+        (Some(DeviceStatus(newer)), Some(DeviceStatus(older))) => newer.uid == older.uid,
+        (Some(NodeStatus(_)), Some(NodeStatus(_))) => true,
+        _ => false,
+    }
+}
+
 /// What a report is about: reports of one subject keep their order.
 fn subject(report: &Report) -> &str {
     match &report.report {
@@ -155,5 +194,62 @@ fn subject(report: &Report) -> &str {
         Some(report::Report::DeviceStatus(status)) => &status.uid,
         Some(report::Report::Event(event)) => &event.uid,
         Some(report::Report::NodeStatus(_)) | None => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use skerry_proto::link::{EventReport, PodStatusReport};
+
+    use super::*;
+
+    fn status(seq: u64, uid: &str) -> Report {
+        let status = PodStatusReport {
+            uid: uid.to_owned(),
+            ..Default::default()
+        };
+        Report {
+            seq,
+            report: Some(report::Report::PodStatus(status)),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn only_a_status_of_the_same_pod_makes_an_older_one_needless() {
+        let event = Report {
+            report: Some(report::Report::Event(EventReport {
+                uid: "a".to_owned(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        };
+        assert!(supersedes(&status(2, "a"), &status(1, "a")));
+        assert!(!supersedes(&status(2, "b"), &status(1, "a")));
+        assert!(!supersedes(&event, &status(1, "a")));
+        assert!(!supersedes(&event, &event));
+    }
+
+    #[tokio::test]
+    async fn a_lane_gives_the_oldest_and_shows_what_is_behind_it() {
+        let (sender, mut queue) = mpsc::channel(LANE_QUEUE);
+        for seq in 1..=3 {
+            sender.send(status(seq, "a")).await.unwrap();
+        }
+        drop(sender);
+        let mut taken = VecDeque::new();
+        assert_eq!(
+            next(&mut taken, &mut queue).await.map(|r| (r.seq, taken.len())),
+            Some((1, 2))
+        );
+        assert_eq!(
+            next(&mut taken, &mut queue).await.map(|r| (r.seq, taken.len())),
+            Some((2, 1))
+        );
+        assert_eq!(
+            next(&mut taken, &mut queue).await.map(|r| (r.seq, taken.len())),
+            Some((3, 0))
+        );
+        assert_eq!(next(&mut taken, &mut queue).await, None);
     }
 }

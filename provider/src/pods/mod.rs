@@ -9,3 +9,6 @@
 pub mod events;
 pub mod status;
 pub mod tolerations;
+mod written;
+
+pub use written::Written;

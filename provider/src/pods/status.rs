@@ -5,12 +5,13 @@
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use serde_json::{Map, Value, json};
 use skerry_proto::SiteName;
 use skerry_proto::link::{Kind, PodStatusReport};
 use skerry_proto::object::{ObjectKey, Uid};
 
+use super::written::Written;
 use crate::cluster::Mirror;
 use crate::link::reports::{Outcome, outcome_of};
 
@@ -43,7 +44,13 @@ const WHOLE: [&str; 2] = ["resources", "allocatedResources"];
 const PASSING: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
 
 /// Writes a report to the API and, when the pod has ended and is under deletion, deletes the object.
-pub async fn apply(client: &Client, mirror: &Mirror, site: &SiteName, report: &PodStatusReport) -> Outcome {
+pub async fn apply(
+    client: &Client,
+    mirror: &Mirror,
+    written: &Written,
+    site: &SiteName,
+    report: &PodStatusReport,
+) -> Outcome {
     let Ok(Value::Object(reported)) = serde_json::from_slice(&report.status_json) else {
         return Outcome::Dropped("the status is not a JSON object".to_owned());
     };
@@ -57,14 +64,20 @@ pub async fn apply(client: &Client, mirror: &Mirror, site: &SiteName, report: &P
     if known.value["spec"]["nodeName"].as_str() != Some(site.as_str()) {
         return Outcome::Dropped(format!("the pod is not bound to site {site}"));
     }
-    let pods: Api<Pod> = Api::namespaced(client.clone(), &report.namespace);
-    let mut deleting = known.value["metadata"].get("deletionTimestamp").is_some();
-    if let Some(patch) = status_patch(&reported, &known.value["status"], &report.uid) {
+    let newest = written.newest(&key.uid, &known.value);
+    // Untyped: the answer's status must read as the watch's does.
+    let kind = ApiResource::erase::<Pod>(&());
+    let pods: Api<DynamicObject> = Api::namespaced_with(client.clone(), &report.namespace, &kind);
+    let mut deleting = newest["metadata"].get("deletionTimestamp").is_some();
+    if let Some(patch) = status_patch(&reported, &newest["status"], &report.uid) {
         match pods
             .patch_status(&report.name, &PatchParams::default(), &Patch::Strategic(&patch))
             .await
         {
-            Ok(pod) => deleting = pod.metadata.deletion_timestamp.is_some(),
+            Ok(pod) => {
+                deleting = pod.metadata.deletion_timestamp.is_some();
+                written.note(mirror, &key.uid, serde_json::to_value(pod).unwrap_or_default());
+            }
             Err(error) => return outcome_of(&error),
         }
     }
@@ -74,7 +87,7 @@ pub async fn apply(client: &Client, mirror: &Mirror, site: &SiteName, report: &P
     Outcome::Accepted
 }
 
-async fn delete(pods: &Api<Pod>, report: &PodStatusReport) -> Outcome {
+async fn delete(pods: &Api<DynamicObject>, report: &PodStatusReport) -> Outcome {
     let params = DeleteParams {
         grace_period_seconds: Some(0),
         preconditions: Some(Preconditions {
