@@ -59,6 +59,12 @@ pub enum Command {
         #[arg(long, env = "SKERRY_METRICS_LISTEN", value_name = "IP:PORT")]
         metrics_listen: Option<SocketAddr>,
     },
+    /// Stop all pods in order, each with its grace: for when the machine shuts down. The daemon must be running
+    Drain {
+        /// Directory of the running daemon's state [default: /var/lib/skerry]
+        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR")]
+        data_dir: Option<PathBuf>,
+    },
     /// Print a completion script for a shell
     Completion {
         /// bash, zsh, fish, elvish or powershell

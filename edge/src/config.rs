@@ -283,7 +283,7 @@ impl Settings {
             log_format: format
                 .parse()
                 .map_err(|e| ConfigError::Value(format!("log-format: {e}")))?,
-            duties: self.duties.complete()?,
+            duties: self.duties.complete(&data_dir)?,
             data_dir,
         })
     }
@@ -360,6 +360,7 @@ mod tests {
             "container-log-monitor-interval = '0s'",
             "image-gc-low-threshold-percent = 90",
             "eviction-hard = 'disk<1'",
+            "shutdown-grace-period = '1s'",
         ] {
             assert!(resolve(wrong, Settings::default()).is_err(), "{wrong}");
         }

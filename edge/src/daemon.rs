@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use prometheus_client::registry::Registry;
 use skerry_proto::device::Defaults;
 use skerry_proto::link::Kind;
+use skerry_proto::object::Uid;
 use skerry_telemetry::http::{Endpoints, ListenError};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -16,10 +17,12 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::SystemClock;
 use crate::config::{Config, ConfigError, RuntimeKind};
 use crate::devices::{self, Devices};
+use crate::eviction::{self, Pressure};
 use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
 use crate::images;
 use crate::inspect::{ConfigFacts, Inspect, kubelet_configuration};
 use crate::link::{Dial, Greeting, Link, boot_id};
+use crate::manifests::{self, Manifests};
 use crate::metrics::Metrics;
 use crate::node::{self, NodeConfig};
 use crate::pods::{self, Pods, PodsConfig};
@@ -27,6 +30,7 @@ use crate::rotation;
 use crate::runtime::cri::CriRuntime;
 use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Runtime, RuntimeError};
+use crate::shutdown;
 use crate::stats::{Stats, StatsConfig};
 use crate::store::{OpenError, Store, StoreError};
 use crate::streams::{PodLookup, Streams};
@@ -105,14 +109,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         .register(&mut kubelet_registry.lock().unwrap_or_else(PoisonError::into_inner));
     let inspect = Inspect {
         node_name: site.to_string(),
-        stats,
+        stats: stats.clone(),
         runtime: Arc::clone(&runtime),
         pods: pods.summary(),
         registry: kubelet_registry,
         probes: pods.probes(),
         config: kubelet_configuration(&config_facts(&config)),
     };
-    let lookup = Arc::new(Lookup(store.clone()));
+    let lookup = Arc::new(Lookup(store.clone(), pods.clone()));
     let streams = Streams::new(Arc::clone(&runtime), lookup, config.pod_log_dir.clone());
     let streams = Arc::new(streams.answering(Arc::new(inspect)));
     let greeting = Greeting {
@@ -144,6 +148,45 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         },
     );
     let mut rooms = JoinSet::new();
+    let (pressure, pressure_seen) = watch::channel(Pressure::default());
+    let (going, going_seen) = watch::channel(false);
+    // Known before anything is stopped or started.
+    if let Some(files) = config.duties.manifests {
+        let deps = manifests::Deps {
+            node: site.clone(),
+            pods: pods.clone(),
+            events: pods.node_events(),
+            metrics: Arc::clone(&metrics),
+            clock: Arc::new(SystemClock),
+        };
+        rooms.spawn(Manifests::open(files, deps).await.run(stop.clone()));
+    }
+    rooms.spawn(manifests::mirror::run(
+        store.clone(),
+        pods.statics(),
+        Arc::new(SystemClock),
+        link.status(),
+        stop.clone(),
+    ));
+    rooms.spawn(eviction::run(
+        config.duties.eviction.clone(),
+        eviction::Deps {
+            node: site.clone(),
+            runtime: Arc::clone(&runtime),
+            stats,
+            pods: pods.clone(),
+            images: images.clone(),
+            events: pods.node_events(),
+        },
+        pressure,
+        stop.clone(),
+    ));
+    rooms.spawn(shutdown::serve(
+        config.duties.shutdown,
+        pods.clone(),
+        going,
+        stop.clone(),
+    ));
     rooms.spawn(images.run(stop.clone()));
     rooms.spawn(rotation::run(
         config.duties.logs,
@@ -157,7 +200,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             data_dir: config.data_dir.clone(),
             shares: config.shares.with_eviction(&config.duties.eviction.thresholds),
             fallback_machine_id: store.id().to_owned(),
-            eviction: config.duties.eviction,
+            boot_id: boot_id(),
+            pressure: pressure_seen,
+            going: going_seen,
+            events: pods.node_events(),
         },
         store.clone(),
         runtime,
@@ -288,14 +334,37 @@ fn endpoints(
 }
 
 /// Finds pods for logs and exec: the stored object with the status that was last reported.
-struct Lookup(Store);
+struct Lookup(Store, Pods);
 
 impl PodLookup for Lookup {
     fn pod(&self, namespace: &str, name: &str) -> Option<Pod> {
-        let object = self.0.find(Kind::Pod, namespace, name).ok()??;
-        let mut pod: Pod = object.decode().ok()?;
-        let reported: Option<PodStatus> = pods::last_status(&self.0, &object.key.uid);
+        // A static pod runs under its own UID, whatever its mirror's is.
+        let (uid, mut pod) = match self.1.static_pod(namespace, name) {
+            Some(pod) => (Uid::from(pod.metadata.uid.clone()?), Pod::clone(&pod)),
+            None => {
+                let object = self.0.find(Kind::Pod, namespace, name).ok()??;
+                (object.key.uid.clone(), object.decode().ok()?)
+            }
+        };
+        let reported: Option<PodStatus> = pods::last_status(&self.0, &uid);
         pod.status = reported.or(pod.status);
         Some(pod)
+    }
+
+    fn has_uid(&self, pod: &Pod, uid: &str) -> bool {
+        let metadata = &pod.metadata;
+        if metadata.uid.as_deref() == Some(uid) {
+            return true;
+        }
+        let (namespace, name) = (metadata.namespace.as_deref(), metadata.name.as_deref());
+        let stored = self
+            .0
+            .find(Kind::Pod, namespace.unwrap_or_default(), name.unwrap_or_default());
+        let mirror: Option<Pod> = stored
+            .ok()
+            .flatten()
+            .filter(|o| o.key.uid.as_str() == uid)
+            .and_then(|o| o.decode().ok());
+        mirror.is_some_and(|m| manifests::mirror::mirrored(&m) == metadata.uid.as_deref())
     }
 }

@@ -9,6 +9,7 @@ use skerry_edge::config::{ConfigError, Settings};
 use skerry_edge::daemon::{self, DaemonError};
 use skerry_edge::identity::{Identity, IdentityError, JoinError, JoinOptions, join};
 use skerry_edge::readiness;
+use skerry_edge::shutdown as shutdown_of_pods;
 use skerry_telemetry::shutdown;
 
 /// Threads of the daemon: enough to keep a slow disk from holding up heartbeats, few enough to stay small.
@@ -56,6 +57,8 @@ enum Failure {
     Join(#[from] JoinError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Drain(#[from] shutdown_of_pods::DrainError),
     #[error("the token cannot be read from standard input: {0}")]
     Stdin(std::io::Error),
 }
@@ -131,6 +134,14 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
             );
             println!("daemon       {}", readiness::ask(config.metrics_listen).await);
             Ok(())
+        }
+        Command::Drain { data_dir } => {
+            let settings = Settings {
+                data_dir,
+                ..Settings::default()
+            };
+            let config = settings.resolve(cli.config.as_deref())?;
+            Ok(shutdown_of_pods::ask(&config.data_dir).await?)
         }
         Command::Completion { shell } => {
             completion(shell);

@@ -48,6 +48,8 @@ pub struct Metrics {
     outbox: Gauge,
     pods: Gauge,
     store_bytes: Gauge,
+    static_pods: Gauge,
+    static_pod_errors: Gauge,
 }
 
 impl Metrics {
@@ -97,6 +99,17 @@ impl Metrics {
             "Size of the store's file",
             store_bytes.clone(),
         );
+        let (static_pods, static_pod_errors) = (Gauge::default(), Gauge::default());
+        registry.register(
+            "skerry_static_pods",
+            "Pods that come from files of this site",
+            static_pods.clone(),
+        );
+        registry.register(
+            "skerry_static_pod_errors",
+            "Files of static pods that cannot be used",
+            static_pod_errors.clone(),
+        );
         let site = SiteLabels {
             node: site.to_string(),
         };
@@ -112,6 +125,8 @@ impl Metrics {
             outbox,
             pods,
             store_bytes,
+            static_pods,
+            static_pod_errors,
         }
     }
 
@@ -144,6 +159,13 @@ impl Metrics {
     /// Counts a report that the provider will never take.
     pub fn count_dropped_report(&self) {
         self.dropped.inc();
+    }
+
+    /// Notes how many static pods there are, and how many of their files cannot be used.
+    pub fn set_static_pods(&self, pods: usize, errors: usize) {
+        self.static_pods.set(i64::try_from(pods).unwrap_or(i64::MAX));
+        self.static_pod_errors
+            .set(i64::try_from(errors).unwrap_or(i64::MAX));
     }
 
     /// Notes what the store holds.

@@ -3,6 +3,7 @@
 //! * [`link`]: the gRPC messages and services, generated from `proto/skerry/link/v1/link.proto`, which is the
 //!   document to read about the protocol;
 //! * [`SiteName`], [`SpiffeId`], [`TrustDomain`]: the names that both sides check;
+//! * [`static_pod`]: static pods and their mirrors;
 //! * [`token`]: the join token;
 //! * [`object`]: how an API object is hashed and packed for the link;
 //! * [`device`]: the Device API as both sides read it;
@@ -14,6 +15,7 @@ pub mod limits;
 pub mod object;
 mod site;
 mod spiffe;
+pub mod static_pod;
 pub mod stats;
 pub mod token;
 

@@ -388,6 +388,9 @@ impl ReportSink for Sink {
                 node::status::apply(&self.client, &self.mirror, &address, site, status).await
             }
             Some(report::Report::Event(event)) => pods::events::apply(&self.client, site, event).await,
+            Some(report::Report::MirrorPod(mirror)) => {
+                pods::mirrors::apply(&self.client, &self.mirror, site, mirror).await
+            }
             Some(report::Report::DeviceStatus(status)) => {
                 devices::apply_report(self.client.clone(), site, status).await
             }

@@ -1,5 +1,6 @@
 //! Settings of what a node does by itself, under the names that a kubelet gives them.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -10,8 +11,10 @@ use skerry_proto::device::parse_duration;
 use super::ConfigError;
 use crate::eviction::{Policy as EvictionPolicy, Texts};
 use crate::images::Policy as ImagePolicy;
+use crate::manifests::ManifestsConfig;
 use crate::pods::{DeadPolicy, quantity};
 use crate::rotation::Policy as LogPolicy;
+use crate::shutdown::{Fate, Policy as ShutdownPolicy};
 
 /// Declares settings once: as flags, variables and keys of the file, each optional, the first given one winning.
 macro_rules! settings {
@@ -65,6 +68,22 @@ settings! {
         /// Dead instances to keep of each container, for logs --previous [default: 1]
         #[arg(long, env = "SKERRY_MAXIMUM_DEAD_CONTAINERS_PER_CONTAINER", value_name = "N")]
         maximum_dead_containers_per_container: u32,
+        /// Directory of static pods, one manifest a file; they run also without any cloud
+        #[arg(long, env = "SKERRY_STATIC_POD_PATH", value_name = "DIR")]
+        static_pod_path: PathBuf,
+        /// How often that directory is read again, whatever is noticed of its changes [default: 20s]
+        #[arg(long, env = "SKERRY_FILE_CHECK_FREQUENCY", value_name = "DURATION")]
+        file_check_frequency: String,
+        /// How long pods may take to end when the machine shuts down (skerry-edge drain) [default: 2m]
+        #[arg(long, env = "SKERRY_SHUTDOWN_GRACE_PERIOD", value_name = "DURATION")]
+        shutdown_grace_period: String,
+        /// Of that, for critical and static pods at the end [default: 20s]
+        #[arg(long, env = "SKERRY_SHUTDOWN_GRACE_PERIOD_CRITICAL_PODS", value_name = "DURATION")]
+        shutdown_grace_period_critical_pods: String,
+        /// What becomes of pods that a shutdown ends: fail (controllers replace them) or restart with the next boot
+        /// [default: fail]
+        #[arg(long, env = "SKERRY_SHUTDOWN_PODS", value_name = "FATE")]
+        shutdown_pods: Fate,
         /// What is too little, at once: memory.available<100Mi,nodefs.available<10%,... [default: that and a kubelet's others]
         #[arg(long, env = "SKERRY_EVICTION_HARD", value_name = "SIGNAL<AMOUNT,...")]
         eviction_hard: String,
@@ -100,10 +119,14 @@ pub struct Duties {
     pub dead: DeadPolicy,
     /// When the machine counts as short of something.
     pub eviction: EvictionPolicy,
+    /// Where static pods come from; `None` = there are none.
+    pub manifests: Option<ManifestsConfig>,
+    /// How the machine's shutdown ends pods.
+    pub shutdown: ShutdownPolicy,
 }
 
 impl DutySettings {
-    pub(super) fn complete(self) -> Result<Duties, ConfigError> {
+    pub(super) fn complete(self, data_dir: &Path) -> Result<Duties, ConfigError> {
         let defaults = LogPolicy::default();
         let logs = LogPolicy {
             max_bytes: bytes(
@@ -186,11 +209,41 @@ impl DutySettings {
                 Duration::from_secs(10),
             )?,
         };
+        let every = duration(
+            "file-check-frequency",
+            self.file_check_frequency,
+            Duration::from_secs(20),
+        )?;
+        let manifests = self.static_pod_path.map(|directory| ManifestsConfig {
+            directory: std::path::absolute(&directory).unwrap_or(directory),
+            every,
+        });
+        let shutdown = ShutdownPolicy {
+            grace: duration(
+                "shutdown-grace-period",
+                self.shutdown_grace_period,
+                Duration::from_secs(120),
+            )?,
+            critical: period(
+                "shutdown-grace-period-critical-pods",
+                self.shutdown_grace_period_critical_pods,
+                Duration::from_secs(20),
+            )?,
+            fate: self.shutdown_pods.unwrap_or_default(),
+            data_dir: data_dir.to_owned(),
+        };
+        if shutdown.critical > shutdown.grace {
+            return Err(ConfigError::Value(
+                "shutdown-grace-period-critical-pods is a part of shutdown-grace-period and must not be longer".to_owned(),
+            ));
+        }
         Ok(Duties {
             logs,
             images,
             dead,
             eviction,
+            manifests,
+            shutdown,
         })
     }
 }

@@ -48,7 +48,7 @@ impl Crossed {
 
 /// Remembers what was crossed when.
 #[derive(Debug, Default)]
-pub(crate) struct State {
+pub(super) struct State {
     /// Thresholds that are crossed, by their place in the list, and since when.
     since: BTreeMap<usize, Instant>,
     /// Thresholds whose grace was over at the last look: they hold until enough is reclaimed.
@@ -84,7 +84,7 @@ pub(super) fn crosses(threshold: &Threshold, observed: Observation, resolving: b
 impl State {
     /// Takes a look into account. Answers the conditions, which are held for `hold` after they were last seen, and
     /// the thresholds whose grace is over, the most urgent first.
-    pub(crate) fn update(
+    pub(super) fn update(
         &mut self,
         thresholds: &[Threshold],
         observations: &Observations,

@@ -73,6 +73,9 @@ pub enum NeedsError {
     /// A stored pod cannot be read.
     #[error("{0} of the stored pods cannot be read, so their images are not known")]
     Unreadable(usize),
+    /// The static pods' files could not be read yet.
+    #[error("the static pods are not known yet")]
+    StaticPods,
 }
 
 /// Why a collection failed. The next one tries again.

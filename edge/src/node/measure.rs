@@ -6,8 +6,6 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::eviction::{Observation, Observations, Signal};
-
 /// The Kubernetes release whose kubelet this one behaves like.
 pub(crate) const KUBELET_VERSION: &str = concat!("v1.36.3-skerry.", env!("CARGO_PKG_VERSION"));
 
@@ -19,8 +17,6 @@ pub(super) struct Machine {
     pub(super) memory_available_bytes: u64,
     pub(super) disk_bytes: u64,
     pub(super) disk_available_bytes: u64,
-    pub(super) inodes: u64,
-    pub(super) inodes_free: u64,
     pub(super) pids: u64,
     pub(super) pids_max: u64,
     /// Bytes by size of the page.
@@ -32,12 +28,10 @@ impl Machine {
     pub(super) fn measure(data_dir: &Path) -> Self {
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let disk = nix::sys::statvfs::statvfs(data_dir).ok();
-        let (disk_bytes, disk_available_bytes, inodes, inodes_free) = disk.map_or((0, 0, 0, 0), |d| {
+        let (disk_bytes, disk_available_bytes) = disk.map_or((0, 0), |d| {
             (
                 d.blocks() * d.fragment_size(),
                 d.blocks_available() * d.fragment_size(),
-                d.files(),
-                d.files_available(),
             )
         });
         Self {
@@ -46,38 +40,10 @@ impl Machine {
             memory_available_bytes: meminfo(&memory, "MemAvailable:"),
             disk_bytes,
             disk_available_bytes,
-            inodes,
-            inodes_free,
             pids: pids_in_use(),
             pids_max: first_number("/proc/sys/kernel/pid_max"),
             huge_pages: super::capacity::huge_pages(),
         }
-    }
-
-    /// What can run short. What could not be read, or is not limited as inodes on some file systems, is left out.
-    pub(super) fn observations(&self) -> Observations {
-        let all = [
-            (
-                Signal::MemoryAvailable,
-                self.memory_available_bytes,
-                self.memory_bytes,
-            ),
-            (
-                Signal::NodeFsAvailable,
-                self.disk_available_bytes,
-                self.disk_bytes,
-            ),
-            (Signal::NodeFsInodesFree, self.inodes_free, self.inodes),
-            (
-                Signal::PidAvailable,
-                self.pids_max.saturating_sub(self.pids),
-                self.pids_max,
-            ),
-        ];
-        let known = all.into_iter().filter(|(_, _, capacity)| *capacity > 0);
-        known
-            .map(|(signal, available, capacity)| (signal, Observation { available, capacity }))
-            .collect()
     }
 
     #[allow(clippy::unused_self)]
@@ -159,21 +125,6 @@ mod tests {
             "{machine:?}"
         );
         assert!(machine.memory_available_bytes <= machine.memory_bytes);
-    }
-
-    #[test]
-    fn what_cannot_be_read_is_not_observed() {
-        let machine = Machine {
-            memory_bytes: 1 << 30,
-            memory_available_bytes: 512 << 20,
-            pids: 10,
-            pids_max: 32_768,
-            ..Default::default()
-        };
-        let seen = machine.observations();
-        assert_eq!(seen.len(), 2);
-        assert_eq!(seen[&Signal::MemoryAvailable].available, 512 << 20);
-        assert_eq!(seen[&Signal::PidAvailable].available, 32_758);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub(crate) mod capacity;
 mod measure;
+mod problems;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -19,8 +20,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::eviction::{Policy, Pressure, State};
+use crate::eviction::Pressure;
 use crate::link::LinkStatus;
+use crate::pods::NodeEvents;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::store::{NewReport, Store};
 pub use capacity::{Reserved, Shares};
@@ -37,7 +39,7 @@ const IMAGES: usize = 50;
 const NAMES: usize = 5;
 
 /// Settings of the node room.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct NodeConfig {
     /// The site.
     pub site: SiteName,
@@ -47,13 +49,19 @@ pub struct NodeConfig {
     pub shares: Shares,
     /// `nodeInfo.machineID` where the machine has none.
     pub fallback_machine_id: String,
-    /// When the machine counts as short of something.
-    pub eviction: Policy,
+    /// Changes with every boot of the machine.
+    pub boot_id: String,
+    /// What the machine is short of.
+    pub pressure: watch::Receiver<Pressure>,
+    /// The machine is going down.
+    pub going: watch::Receiver<bool>,
+    /// Where changes are told.
+    pub events: NodeEvents,
 }
 
 /// Reports the node's status until `stop`.
 pub async fn run(
-    config: NodeConfig,
+    mut config: NodeConfig,
     store: Store,
     runtime: Arc<dyn Runtime>,
     mut link: watch::Receiver<LinkStatus>,
@@ -62,12 +70,20 @@ pub async fn run(
     let mut look = tokio::time::interval(LOOK);
     let mut last: Option<(Value, Instant)> = None;
     let mut synced = false;
-    let mut shortage = State::default();
+    problems::say_start(&store, &config.events, &config.site, &config.boot_id).await;
+    tokio::spawn(problems::watch_kernel(
+        config.events.clone(),
+        config.site.clone(),
+        stop.clone(),
+    ));
     loop {
         let mut force = false;
         tokio::select! {
             () = stop.cancelled() => return,
             _ = look.tick() => {}
+            // Their senders live as long as the daemon; without them the tick goes on.
+            Ok(()) = config.pressure.changed() => {}
+            Ok(()) = config.going.changed() => {}
             changed = link.changed() => {
                 if changed.is_err() {
                     return;
@@ -80,13 +96,15 @@ pub async fn run(
                 }
             }
         }
-        let status = status(&config, runtime.as_ref(), &mut shortage).await;
+        let status = status(&config, runtime.as_ref()).await;
         let due = last
             .as_ref()
             .is_none_or(|(old, at)| *old != status || at.elapsed() >= REPEAT);
         if !due && !force {
             continue;
         }
+        let before = last.as_ref().map(|(old, _)| old);
+        problems::say_changes(&config.events, &config.site, before, &status).await;
         match store.report(new_report(&config, &status)).await {
             Ok(_) => last = Some((status, Instant::now())),
             Err(error) => tracing::error!(%error, "the node's status cannot be stored; it is tried again"),
@@ -131,16 +149,14 @@ fn declared_features(runtime: &dyn Runtime) -> Vec<&'static str> {
     }
 }
 
-async fn status(config: &NodeConfig, runtime: &dyn Runtime, shortage: &mut State) -> Value {
+async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
     let machine = Machine::measure(&config.data_dir);
-    let policy = &config.eviction;
-    let (pressure, _) = shortage.update(
-        &policy.thresholds,
-        &machine.observations(),
-        policy.hold,
-        Instant::now(),
-    );
-    let runtime_ready = runtime_condition(runtime.status().await);
+    let pressure = *config.pressure.borrow();
+    let runtime_ready = match *config.going.borrow() {
+        true => Err("node is shutting down".to_owned()),
+        false => Ok(()),
+    };
+    let runtime_ready = runtime_ready.and(runtime_condition(runtime.status().await));
     let version = runtime
         .version()
         .await
@@ -185,8 +201,12 @@ fn images_of(mut images: Vec<crate::runtime::Image>) -> Vec<Value> {
 fn runtime_condition(status: Result<crate::runtime::RuntimeStatus, RuntimeError>) -> Result<(), String> {
     match status {
         Ok(status) if status.ready && status.network_ready => Ok(()),
-        Ok(status) => Err(status.message),
-        Err(error) => Err(error.to_string()),
+        Ok(status) if status.ready => Err(format!(
+            "container runtime network not ready: NetworkReady=false {}",
+            status.message
+        )),
+        Ok(status) => Err(format!("container runtime is not ready: {}", status.message)),
+        Err(error) => Err(format!("container runtime is down: {error}")),
     }
 }
 
@@ -199,7 +219,7 @@ fn conditions(pressure: &Pressure, runtime: &Result<(), String>) -> Value {
         Ok(()) => json!({"type": "Ready", "status": "True", "reason": "KubeletReady",
             "message": "kubelet is posting ready status"}),
         Err(why) => json!({"type": "Ready", "status": "False", "reason": "KubeletNotReady",
-            "message": format!("container runtime is not ready: {why}")}),
+            "message": why}),
     };
     json!([
         pressured(
@@ -243,7 +263,7 @@ mod tests {
         let last = all.as_array().unwrap().last().unwrap();
         assert_eq!(last["type"], "Ready");
         assert_eq!(last["status"], "False");
-        assert_eq!(last["message"], "container runtime is not ready: no socket");
+        assert_eq!(last["message"], "no socket");
         assert_eq!(all[0]["status"], "False");
     }
 }

@@ -152,6 +152,11 @@ impl Events {
 pub struct NodeEvents(pub(super) Events);
 
 impl NodeEvents {
+    /// Emits into `store`, with counts of its own.
+    pub fn new(store: Store, clock: Arc<dyn Clock>) -> Self {
+        Self(Events::new(store, clock))
+    }
+
     /// An event of the Node, under its name as UID, as a kubelet's.
     pub async fn emit(&self, node: &SiteName, level: Level, reason: &str, message: String) {
         let about = EventReport {

@@ -24,6 +24,7 @@ mod conditions;
 mod config;
 mod create;
 mod dead;
+mod ending;
 mod env;
 mod env_files;
 mod ephemeral;
@@ -49,6 +50,7 @@ mod resources;
 mod restart_all;
 mod security;
 mod starts;
+mod statics;
 mod status;
 mod teardown;
 mod tell;
@@ -82,7 +84,11 @@ pub use starts::Starts;
 use worker::{Orders, Shared, Worker};
 
 pub use dead::DeadPolicy;
+pub use ending::Ending;
 pub use events::{Level, NodeEvents};
+pub(crate) use images::default_policy as default_pull_policy;
+pub(crate) use resources::{is_critical, limits, requests, to_list as to_quantities};
+pub use statics::StaticPods;
 pub use volumes::VolumeUse;
 
 /// The status of a pod that was last reported; `None` when none was.
@@ -215,6 +221,9 @@ impl Pods {
             starts,
             summary: watch::Sender::new(Summary::default()),
             report_round: watch::Sender::new(0),
+            statics: watch::Sender::default(),
+            workers: Mutex::default(),
+            shutdown: watch::Sender::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -279,7 +288,9 @@ impl Pods {
         let mut rounds = self.shared.report_round.subscribe();
         let mut nudges = self.shared.nudges.lock().await;
         supervisor.restore_ledger()?;
+        let mut statics = self.shared.statics.subscribe();
         supervisor.look_at_everything()?;
+        supervisor.look_at_statics();
         let mut tick = tokio::time::interval(RESYNC);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -295,6 +306,8 @@ impl Pods {
                 // The sender lives in `self`.
                 _ = rounds.changed() => supervisor.wake(|_| true),
                 Some(nudge) = nudges.recv() => supervisor.nudged(nudge),
+                // The sender lives in `self`.
+                _ = statics.changed() => supervisor.look_at_statics(),
                 Some(ended) = supervisor.tasks.join_next() => supervisor.worker_ended(ended),
             }
         }
@@ -337,12 +350,12 @@ impl Supervisor {
         // Records without an object: pods whose removal was not finished when the daemon stopped.
         for (uid, _) in self.shared.store.state_list::<PodRecord>(ROOM)? {
             let uid = Uid::from(uid);
-            if !present.contains(&uid) {
+            if !present.contains(&uid) && !self.is_spared(&uid) {
                 self.start(&uid);
             }
         }
         for (uid, orders) in &self.workers {
-            if !present.contains(uid) {
+            if !present.contains(uid) && !self.is_spared(uid) {
                 orders.send_modify(|o| o.removed = true);
             }
         }
@@ -423,6 +436,8 @@ impl Supervisor {
             Err(error) => Err(error.to_string()),
         };
         match pod {
+            // What it shows runs from a file, under another UID.
+            Ok(pod) if crate::manifests::mirror::mirrored(&pod).is_some() => self.mirror_changed(),
             Ok(pod) => {
                 self.start(&key.uid);
                 if let Some(orders) = self.workers.get(&key.uid) {
@@ -449,6 +464,11 @@ impl Supervisor {
             }
             uid_of_task
         });
+        self.shared
+            .workers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(uid.clone(), orders.clone());
         self.workers.insert(uid.clone(), orders);
     }
 
@@ -530,6 +550,7 @@ impl Supervisor {
             };
             match self.shared.store.get(&key) {
                 Ok(Some(_)) => self.pod_changed(&key),
+                Ok(None) if self.is_spared(&uid) => {}
                 Ok(None) => {
                     tracing::info!(%uid, "a pod runs here that the store does not know; it is stopped");
                     self.start(&uid);
@@ -558,5 +579,13 @@ impl Supervisor {
             }
         }
         self.workers.retain(|_, orders| orders.receiver_count() > 0);
+        let alive = &self.workers;
+        self.shared
+            .workers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|uid, _| alive.contains_key(uid));
+        // A static pod may have waited for this one's name.
+        self.look_at_statics();
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use k8s_openapi::api::core::v1::Pod;
 use skerry_proto::link::Kind;
 
-use super::Pods;
+use super::{Pods, StaticPods};
 use crate::images::{Needs, NeedsError};
 
 impl Needs for Pods {
@@ -18,7 +18,12 @@ impl Needs for Pods {
         if unreadable > 0 {
             return Err(NeedsError::Unreadable(unreadable));
         }
-        Ok(pods.iter().flat_map(images_of).collect())
+        let statics = match &*self.shared.statics.borrow() {
+            StaticPods::Unknown => return Err(NeedsError::StaticPods),
+            StaticPods::Known(statics) => statics.values().cloned().collect::<Vec<_>>(),
+        };
+        let statics = statics.iter().map(|pod| &**pod);
+        Ok(pods.iter().chain(statics).flat_map(images_of).collect())
     }
 }
 

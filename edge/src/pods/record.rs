@@ -40,6 +40,9 @@ pub(crate) struct PodRecord {
     pub(crate) resize: Resizing,
     /// A decision that the pod has ended. Final.
     pub(crate) end: Option<End>,
+    /// The node ended it, and how.
+    #[serde(default)]
+    pub(crate) forced: Option<super::ending::Forced>,
     /// Nothing of it runs any more, its volumes and cgroups are gone.
     pub(crate) released: bool,
     /// The report with `finished` has been queued.

@@ -100,19 +100,27 @@ impl Worker {
         let status: k8s_openapi::api::core::v1::PodStatus = serde_json::from_slice(&json).unwrap_or_default();
         self.note_phase(pod, status.phase.clone().unwrap_or_default());
         let round = *self.shared.report_round.borrow();
-        let asked = round != self.reported_in || self.unsure;
+        let api_uid = self.api_uid();
+        let asked =
+            api_uid.is_some() && (round != self.reported_in || self.unsure || self.reported_as != api_uid);
         if !asked && self.record.status.as_ref() == Some(&status) && (!finished || self.record.finished) {
             return Ok(());
         }
+        let Some(api_uid) = api_uid else {
+            // A static pod without a mirror: nobody to tell yet.
+            self.record.status = Some(status);
+            return self.save();
+        };
         let body = report::Report::PodStatus(PodStatusReport {
-            uid: self.uid.to_string(),
+            uid: api_uid.to_string(),
             namespace: self.record.namespace.clone(),
             name: self.record.name.clone(),
             status_json: json.into(),
             finished: finished || self.record.finished,
         });
-        let coalesce = Some(format!("pod/{}", self.uid));
+        let coalesce = Some(format!("pod/{api_uid}"));
         self.reported_in = round;
+        self.reported_as = Some(api_uid);
         self.record.status = Some(status);
         self.record.finished |= finished;
         // The record first: whoever sees the report finds the status here.

@@ -56,6 +56,12 @@ pub(super) struct Shared {
     pub(super) summary: watch::Sender<Summary>,
     /// Moves when every status must be reported again, changed or not.
     pub(super) report_round: watch::Sender<u64>,
+    /// Pods from files.
+    pub(super) statics: watch::Sender<super::StaticPods>,
+    /// Orders by UID, for those who tell workers from outside.
+    pub(super) workers: Mutex<HashMap<Uid, watch::Sender<Orders>>>,
+    /// The machine is going down.
+    pub(super) shutdown: watch::Sender<super::ending::Shutdown>,
 }
 
 /// What a worker is told; only the newest counts.
@@ -71,6 +77,8 @@ pub(super) struct Orders {
     pub(super) wakes: u64,
     /// Moves when the runtime shows something else of this pod than before. Often it is what the worker did itself.
     pub(super) runtime_moves: u64,
+    /// The node ends the pod.
+    pub(super) ending: Option<Arc<super::Ending>>,
 }
 
 impl Orders {
@@ -118,6 +126,8 @@ pub(super) struct Worker {
     writes: Mutex<Vec<Written>>,
     /// A write has failed: the status must be reported again, changed or not.
     pub(super) unsure: bool,
+    /// The UID under which it was last reported.
+    pub(super) reported_as: Option<Uid>,
 }
 
 impl Worker {
@@ -136,6 +146,7 @@ impl Worker {
         let reported_in = *shared.report_round.borrow();
         let wake = waker.clone();
         let probers = Probers::new(Arc::clone(&shared), move || wake.send_modify(|o| o.wakes += 1));
+        let reported_as = super::statics::first_report(&uid);
         Self {
             probers,
             shared,
@@ -152,6 +163,7 @@ impl Worker {
             reported_in,
             writes: Mutex::default(),
             unsure: false,
+            reported_as,
         }
     }
 
@@ -225,12 +237,16 @@ impl Worker {
         if stops {
             return self.delete(pod).await;
         }
+        if let Some(result) = self.obey(pod).await {
+            return result;
+        }
+        let ended = self.record.end.is_some();
         let mut orders = self.orders.clone();
         tokio::select! {
             biased;
             result = self.sync(pod) => result,
-            // Deletion interrupts whatever is going on.
-            _ = orders.wait_for(Orders::stops) => {
+            // Deletion, and an end that the node wants, interrupt whatever is going on.
+            _ = orders.wait_for(|o| o.stops() || (o.ending.is_some() && !ended)) => {
                 self.again = Duration::ZERO;
                 Ok(())
             }
@@ -289,7 +305,7 @@ impl Worker {
     }
 
     /// Notes a new pod; what comes of its admission is saved with that.
-    fn begin(&mut self, pod: &Pod) {
+    pub(super) fn begin(&mut self, pod: &Pod) {
         if self.record.start_time.is_none() {
             self.record.start_time = Some(self.shared.clock.now());
             self.record.namespace = pod.metadata.namespace.clone().unwrap_or_default();
@@ -399,7 +415,7 @@ impl Worker {
         })
     }
 
-    async fn end(&mut self, pod: &Pod, end: End) -> Result<(), SyncError> {
+    pub(super) async fn end(&mut self, pod: &Pod, end: End) -> Result<(), SyncError> {
         // Those that were turned away have had their event.
         let level = match end.reason.as_str() {
             "DeadlineExceeded" => Some(Level::Normal),
@@ -421,7 +437,8 @@ impl Worker {
     async fn finish_end(&mut self, pod: &Pod) -> Result<(), SyncError> {
         if !self.record.released {
             let (shared, view) = (Arc::clone(&self.shared), self.view.clone());
-            let work = stop_all(&shared, &view, Some(pod), grace(pod));
+            let grace = self.end_grace(pod);
+            let work = stop_all(&shared, &view, Some(pod), grace);
             self.meanwhile(pod, work).await?;
             self.look(pod).await?;
             self.release().await?;

@@ -44,6 +44,11 @@ use crate::runtime::{ExecRequest, Runtime, RuntimeError, StreamEndpoint};
 pub trait PodLookup: Send + Sync {
     /// The pod as the store has it, with the newest status that is known.
     fn pod(&self, namespace: &str, name: &str) -> Option<Pod>;
+
+    /// Whether the API knows the pod under that UID.
+    fn has_uid(&self, pod: &Pod, uid: &str) -> bool {
+        pod.metadata.uid.as_deref() == Some(uid)
+    }
 }
 
 /// Answers questions about the whole node.

@@ -11,7 +11,7 @@ use crate::runtime::{Container, ContainerId, ContainerState, Inventory, Sandbox,
 /// The pod that is meant; a UID that was given must match.
 pub(super) fn pod(pods: &dyn PodLookup, namespace: &str, name: &str, uid: &str) -> Result<Pod, StreamError> {
     pods.pod(namespace, name)
-        .filter(|pod| uid.is_empty() || pod.metadata.uid.as_deref() == Some(uid))
+        .filter(|pod| uid.is_empty() || pods.has_uid(pod, uid))
         .ok_or_else(|| StreamError::not_found("pod does not exist"))
 }
 

@@ -193,6 +193,7 @@ fn subject(report: &Report) -> &str {
         Some(report::Report::PodStatus(status)) => &status.uid,
         Some(report::Report::DeviceStatus(status)) => &status.uid,
         Some(report::Report::Event(event)) => &event.uid,
+        Some(report::Report::MirrorPod(mirror)) => &mirror.name,
         Some(report::Report::NodeStatus(_)) | None => "",
     }
 }

@@ -7,6 +7,7 @@
 //! * Conditions of other owners survive.
 
 pub mod events;
+pub mod mirrors;
 pub mod status;
 pub mod tolerations;
 mod written;

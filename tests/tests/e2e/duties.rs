@@ -3,8 +3,9 @@
 use std::process::Stdio;
 
 use serde_json::json;
-use skerry_tests::pods::{event, ready};
-use skerry_tests::process::hack;
+use skerry_tests::kubectl::condition;
+use skerry_tests::pods::{event, identity, phase, ready};
+use skerry_tests::process::{hack, workspace_binary};
 use skerry_tests::runner::{Scenario, Test};
 use skerry_tests::site::{IMAGE, Runtime, Site};
 use skerry_tests::wait::{SOON, eventually};
@@ -19,6 +20,15 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
             Runtime::Containerd,
             "images that nothing needs go when the disk is full, those of stored pods stay",
             image_collection,
+        ),
+        Scenario::each(
+            "a pod is evicted when the node runs short, and the node says so",
+            eviction,
+        ),
+        Scenario::each("an emptyDir that grows beyond its limit ends its pod", size_limit),
+        Scenario::each(
+            "pods are ended in order when the machine shuts down, not when the daemon does",
+            drain,
         ),
     ]
     .into_iter()
@@ -167,4 +177,126 @@ fn image_collection(t: &Test<'_>) {
     t.kubectl
         .apply("{apiVersion: v1, kind: ConfigMap, metadata: {name: missing}, data: {a: b}}");
     ready(&t.kubectl, "waits");
+}
+
+fn eviction(t: &Test<'_>) {
+    let mut site = t.own_site();
+    let name = site.name().to_owned();
+    let sleeps = || json!({"containers": [{"command": ["sleep", "1000"]}]});
+    t.kubectl.apply(&site.pod("victim", sleeps()));
+    ready(&t.kubectl, "victim");
+    // No machine has that much.
+    site.stop_edge();
+    site.set_flags(&[
+        "--eviction-hard=memory.available<1000Ti",
+        "--eviction-monitoring-period=1s",
+    ]);
+    site.start_edge();
+    let pod = phase(&t.kubectl, "victim", "Failed");
+    assert_eq!(pod["status"]["reason"], "Evicted");
+    let message = pod["status"]["message"].as_str().unwrap_or_default();
+    assert!(
+        message.starts_with("The node was low on resource: memory. Threshold quantity: 1000Ti, available: "),
+        "{message}"
+    );
+    let target = condition(&pod, "DisruptionTarget");
+    assert_eq!(
+        (&target["status"], &target["reason"]),
+        (&json!("True"), &json!("TerminationByKubelet")),
+        "{pod}"
+    );
+    event(&t.kubectl, "victim", "Evicted");
+    let default = t.kubectl.in_namespace("default");
+    assert_eq!(
+        event(&default, &name, "EvictionThresholdMet"),
+        "Attempting to reclaim memory"
+    );
+    event(&default, &name, "NodeHasInsufficientMemory");
+    eventually(SOON, "the node is under pressure, and tainted", || {
+        let node = t.kubectl.get("node", &name)?;
+        let taints = node["spec"]["taints"].to_string();
+        let pressed = condition(&node, "MemoryPressure")["status"] == "True";
+        if pressed && taints.contains("node.kubernetes.io/memory-pressure") {
+            Ok(())
+        } else {
+            Err(node.to_string())
+        }
+    });
+}
+
+fn size_limit(t: &Test<'_>) {
+    let name = t.name("limit");
+    let mut site = Site::enrol(t.cluster, &name, t.runtime);
+    site.set_flags(&["--eviction-monitoring-period=1s"]);
+    site.start_edge();
+    site.wait_ready();
+    let script = "dd if=/dev/zero of=/v/fill bs=1024 count=3000 && sleep 1000";
+    let pod = json!({
+        "volumes": [{"name": "v", "emptyDir": {"sizeLimit": "1Mi"}}],
+        "containers": [{"command": ["sh", "-c", script], "volumeMounts": [{"name": "v", "mountPath": "/v"}]}],
+    });
+    t.kubectl.apply(&site.pod("greedy", pod));
+    // Directories are measured once a minute.
+    let pod = eventually(SOON * 3, "the pod is evicted", || {
+        let pod = t.kubectl.get("pod", "greedy")?;
+        if pod["status"]["phase"] == "Failed" {
+            Ok(pod)
+        } else {
+            Err(pod["status"].to_string())
+        }
+    });
+    assert_eq!(pod["status"]["reason"], "Evicted");
+    assert_eq!(
+        pod["status"]["message"],
+        "Usage of EmptyDir volume \"v\" exceeds the limit \"1Mi\". "
+    );
+}
+
+fn drain(t: &Test<'_>) {
+    let name = t.name("down");
+    let mut site = Site::enrol(t.cluster, &name, t.runtime);
+    site.set_flags(&[
+        "--shutdown-grace-period=20s",
+        "--shutdown-grace-period-critical-pods=5s",
+    ]);
+    site.start_edge();
+    site.wait_ready();
+    let script = "trap 'echo told; exit 0' TERM; while :; do sleep 0.1; done";
+    t.kubectl.apply(&site.pod(
+        "polite",
+        json!({"containers": [{"command": ["sh", "-c", script]}]}),
+    ));
+    let before = identity(&ready(&t.kubectl, "polite"));
+    // The daemon's end is not the machine's.
+    site.stop_edge();
+    site.start_edge();
+    site.wait_ready();
+    assert_eq!(identity(&ready(&t.kubectl, "polite")), before);
+
+    let out = std::process::Command::new(workspace_binary("skerry-edge"))
+        .args(["drain", "--data-dir"])
+        .arg(site.data_dir())
+        .output()
+        .expect("skerry-edge runs");
+    assert!(out.status.success(), "{out:?}");
+    let pod = phase(&t.kubectl, "polite", "Failed");
+    assert_eq!(pod["status"]["reason"], "Terminated");
+    assert_eq!(
+        pod["status"]["message"],
+        "Pod was terminated in response to imminent node shutdown."
+    );
+    assert_eq!(
+        condition(&pod, "DisruptionTarget")["reason"],
+        "TerminationByKubelet"
+    );
+    assert_eq!(t.kubectl.run(&["logs", "polite"]), "told\n");
+    eventually(SOON, "the node says that it goes down", || {
+        let node = t.kubectl.get("node", &name)?;
+        let ready = condition(&node, "Ready");
+        if ready["status"] == "False" && ready["message"] == "node is shutting down" {
+            Ok(())
+        } else {
+            Err(ready.to_string())
+        }
+    });
 }

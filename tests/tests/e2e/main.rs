@@ -16,6 +16,7 @@ mod pods;
 mod programs;
 mod resources;
 mod security;
+mod static_pods;
 mod store;
 mod streams;
 mod volumes;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         autonomy::scenarios(),
         devices::scenarios(),
         duties::scenarios(),
+        static_pods::scenarios(),
         store::scenarios(),
         enrolment::scenarios(),
         pods::scenarios(),
