@@ -138,15 +138,18 @@ pub(crate) fn memory_capacity(data_dir: &std::path::Path) -> i64 {
 
 /// What of the optional parts of Kubernetes works here: the API server refuses the rest. Names are Kubernetes', sorted.
 fn declared_features(runtime: &dyn Runtime) -> Vec<&'static str> {
+    let mut all = vec!["RestartAllContainersOnContainerExits"];
     // An ordinary user may not change cgroups.
     if runtime.isolated() || nix::unistd::geteuid().is_root() {
-        vec![
-            "InPlacePodLevelResourcesVerticalScaling",
-            "InPlacePodVerticalScalingInitContainers",
-        ]
-    } else {
-        Vec::new()
+        all.splice(
+            0..0,
+            [
+                "InPlacePodLevelResourcesVerticalScaling",
+                "InPlacePodVerticalScalingInitContainers",
+            ],
+        );
     }
+    all
 }
 
 async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {

@@ -33,11 +33,6 @@ pub(super) fn wanted(pod: &Pod, record: &PodRecord) -> Vec<Container> {
     list(pod).iter().filter(fresh).map(ordinary).collect()
 }
 
-/// What such a container cannot have where the runtime has no attach.
-pub(super) fn wants_terminal(pod: &Pod, name: &str) -> bool {
-    list(pod).iter().any(|c| c.name == name && c.stdin == Some(true))
-}
-
 /// Their statuses; such a container is never ready, and whether it has started is not asked.
 pub(super) fn statuses(
     pod: &Pod,

@@ -183,10 +183,14 @@ impl PodRecord {
         let mut seen = std::collections::BTreeSet::new();
         for container in &view.containers {
             if seen.insert(container.name.clone()) {
-                self.containers
-                    .entry(container.name.clone())
-                    .or_default()
-                    .see(container, &mut message);
+                let known = self.containers.entry(container.name.clone()).or_default();
+                let last = known.last.as_ref().map(|l| l.id.clone());
+                // Between two looks one may have ended and the next begun: the end of the first is not lost.
+                let before = view.containers.iter().find(|c| Some(&c.id.0) == last.as_ref());
+                if let Some(before) = before.filter(|b| b.id != container.id) {
+                    known.see(before, &mut message);
+                }
+                known.see(container, &mut message);
             }
         }
         for record in self.containers.values_mut() {
@@ -366,6 +370,20 @@ mod tests {
         );
         assert_eq!(record.containers["c"].previous.as_ref().unwrap().code, 3);
         assert_eq!(record.last("c").unwrap().restart_count, 1);
+    }
+
+    #[test]
+    fn an_end_and_the_next_start_between_two_looks_are_both_seen() {
+        let mut record = PodRecord::default();
+        observed(&mut record, vec![container("c", "id0", 0, running(10))]);
+        let both = vec![
+            container("c", "id1", 1, running(21)),
+            container("c", "id0", 0, exited(20, 137)),
+        ];
+        observed(&mut record, both);
+        let c = &record.containers["c"];
+        assert_eq!(c.last.as_ref().unwrap().id, "id1");
+        assert_eq!(c.previous.as_ref().unwrap().code, 137);
     }
 
     #[test]

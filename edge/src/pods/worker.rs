@@ -543,16 +543,6 @@ impl Worker {
                     let Some(container) = &found.or_else(|| ephemeral::find(pod, &name)) else {
                         continue;
                     };
-                    if !self.shared.runtime.isolated() && ephemeral::wants_terminal(pod, &name) {
-                        let message =
-                            "stdin of an ephemeral container is not supported by this node: its processes \
-                                       cannot be attached to; use kubectl exec"
-                                .to_owned();
-                        self.shared
-                            .events
-                            .emit(pod, Some(&name), Level::Warning, "Unsupported", message)
-                            .await;
-                    }
                     if let Some(id) = discard {
                         self.shared
                             .runtime

@@ -11,6 +11,7 @@ mod duties;
 mod enrolment;
 mod images;
 mod kubelet_api;
+mod lifecycle;
 mod parallel;
 mod pods;
 mod programs;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         static_pods::scenarios(),
         store::scenarios(),
         enrolment::scenarios(),
+        lifecycle::scenarios(),
         pods::scenarios(),
         resources::scenarios(),
         workloads::scenarios(),
