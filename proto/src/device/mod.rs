@@ -9,16 +9,20 @@
 //! `EdgeReachable` and `Ready`; the edge the twins, `state`, `summary` and the other conditions.
 
 mod duration;
+mod fields;
 mod normalise;
+mod normalised;
+mod point;
 mod spec;
 mod status;
 #[cfg(test)]
 mod tests;
 
 pub use duration::{InvalidDuration, parse_duration};
-pub use normalise::{
+pub use normalise::normalise;
+pub use normalised::{
     AccessMode, Defaults, Endpoint, ModbusAddress, ModbusTable, NormalisedDevice, Order, Point, Problem,
-    Protocol, RawType, ReportPolicy, ValueType, normalise,
+    Protocol, RawType, ReportPolicy, ValueType,
 };
 pub use spec::{DesiredValue, Device, DevicePropertySpec, DeviceSpec, ModelRef, ReportSpec, SamplingSpec};
 pub use status::{
