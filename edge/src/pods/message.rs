@@ -52,13 +52,21 @@ fn log_tail(path: &Path) -> String {
         let _ = file.take(most.unsigned_abs()).read_to_end(&mut bytes);
     }
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text
+    // Time, stream, tag, text. The tag P marks what goes on in the next entry, or ended without a newline.
+    let entries: Vec<(&str, bool)> = text
         .lines()
-        .filter_map(|line| line.splitn(4, ' ').nth(3))
+        .filter_map(|line| {
+            let mut parts = line.splitn(4, ' ').skip(2);
+            let tag = parts.next()?;
+            Some((parts.next()?, tag.split(':').next() != Some("P")))
+        })
         .collect();
-    let mut out = lines[lines.len().saturating_sub(MAX_LOG_LINES)..].join("\n");
-    if !out.is_empty() {
-        out.push('\n');
+    let mut out = String::new();
+    for (text, whole) in &entries[entries.len().saturating_sub(MAX_LOG_LINES)..] {
+        out.push_str(text);
+        if *whole {
+            out.push('\n');
+        }
     }
     if out.len() > MAX_LOG_MESSAGE {
         let mut start = out.len() - MAX_LOG_MESSAGE;
@@ -93,6 +101,12 @@ mod tests {
         );
         c.annotations.extend([policy]);
         assert_eq!(termination_message(dir.path(), &c), "one two\nthree\n");
+        std::fs::write(
+            &c.log_path,
+            "2026-01-01T00:00:00Z stdout P one \n2026-01-01T00:00:00Z stdout F two\n2026-01-01T00:00:00Z stdout P end\n",
+        )
+        .unwrap();
+        assert_eq!(termination_message(dir.path(), &c), "one two\nend");
         c.state = exited(9, 0);
         assert_eq!(termination_message(dir.path(), &c), "");
         let file = message_file(dir.path(), "c", 0);
