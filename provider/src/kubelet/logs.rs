@@ -1,5 +1,7 @@
 //! Answers a log request with the bytes of a tunnel.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures::stream;
 use http::{Response, StatusCode, header};
@@ -11,6 +13,12 @@ use skerry_proto::link::{LogsTarget, open_tunnel::Target};
 use super::routes::Refusal;
 use super::server::Body;
 use crate::link::tunnels::{Tunnel, TunnelBroken, Tunnels};
+
+/// How long the end of a log is held back after its last bytes.
+///
+/// The API server's WebSocket relay of a log throws bytes away that it reads together with the end of the answer
+/// (`Reader.Copy` of its `wsstream` package), and over HTTP/1.1 it reads both at once when they arrive at once.
+const END_APART: Duration = Duration::from_millis(50);
 
 /// Opens the log and answers 200 with a chunked body that ends with it; a stream that breaks off cuts the connection.
 pub(super) async fn serve(
@@ -32,7 +40,11 @@ pub(super) async fn serve(
 /// The body owns the tunnel: when the client goes, hyper drops it and the edge stops reading.
 fn body(tunnel: Tunnel) -> Body {
     let frames = stream::unfold(tunnel, |mut tunnel| async move {
-        let next: Result<Bytes, TunnelBroken> = tunnel.incoming.recv().await?;
+        let Some(next) = tunnel.incoming.recv().await else {
+            tokio::time::sleep(END_APART).await;
+            return None;
+        };
+        let next: Result<Bytes, TunnelBroken> = next;
         Some((next.map(Frame::data).map_err(Into::into), tunnel))
     });
     StreamBody::new(frames).boxed_unsync()
