@@ -106,7 +106,8 @@ impl Pod<'_> {
             self.detail(container, found, &reading);
             readings.push(reading);
         }
-        let total = whole.map_or_else(|| sum(&readings), |paths| cgroup::read(&paths));
+        let total = whole.map_or_else(Reading::default, |paths| cgroup::read(&paths));
+        let total = completed(total, sum(&readings));
         let all = self::container("", None, &total, self.now);
         (stats.cpu, stats.memory, stats.io, stats.swap) = (all.cpu, all.memory, all.io, all.swap);
         stats.process_stats = total
@@ -221,7 +222,27 @@ fn read(found: &ContainerUse) -> Reading {
     reading
 }
 
-/// All containers of a pod that has no group of its own.
+/// A pod's own groups win; where they tell nothing of processors, of memory or of processes, its containers' sum does.
+fn completed(mut whole: Reading, sum: Reading) -> Reading {
+    if whole.cpu_nanos.is_none() {
+        whole.cpu_nanos = sum.cpu_nanos;
+    }
+    if whole.processes.is_none() {
+        whole.processes = sum.processes;
+    }
+    if whole.memory_usage.is_none() {
+        return Reading {
+            cpu_nanos: whole.cpu_nanos,
+            cpu_psi: whole.cpu_psi,
+            io_psi: whole.io_psi,
+            processes: whole.processes,
+            ..sum
+        };
+    }
+    whole
+}
+
+/// All containers of a pod.
 fn sum(readings: &[Reading]) -> Reading {
     let add = |value: fn(&Reading) -> Option<u64>| {
         let known: Vec<u64> = readings.iter().filter_map(value).collect();
@@ -277,5 +298,35 @@ pub(super) fn container(
             available_bytes: reading.swap_limit.map(|limit| limit.saturating_sub(used)),
         }),
         ..ContainerStats::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_pods_own_groups_do_not_tell_is_the_sum_of_its_containers() {
+        let container = |cpu, memory| Reading {
+            cpu_nanos: Some(cpu),
+            memory_usage: Some(memory),
+            memory_working_set: Some(memory),
+            processes: Some(1),
+            ..Reading::default()
+        };
+        let all = sum(&[container(10, 100), container(20, 200)]);
+        assert_eq!((all.cpu_nanos, all.memory_usage), (Some(30), Some(300)));
+        let own = Reading {
+            memory_usage: Some(350),
+            memory_working_set: Some(340),
+            ..Reading::default()
+        };
+        let total = completed(own, all.clone());
+        assert_eq!((total.cpu_nanos, total.processes), (Some(30), Some(2)));
+        assert_eq!(
+            (total.memory_usage, total.memory_working_set),
+            (Some(350), Some(340))
+        );
+        assert_eq!(completed(Reading::default(), all.clone()), all);
     }
 }

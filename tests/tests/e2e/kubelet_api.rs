@@ -204,10 +204,10 @@ fn run(t: &Test<'_>) {
     assert_eq!(String::from_utf8_lossy(&out.stdout), "again\n", "{}", text(&out));
     for (path, words) in [
         (format!("/run/{namespace}/pod/c0?cmd=false"), "exited with 1"),
-        (format!("/run/{namespace}/pod/c0"), "specify a command"),
+        (format!("/run/{namespace}/pod/c0"), "BadRequest"),
         (
             format!("/run/{namespace}/pod/wrong-uid/c0?cmd=true"),
-            "does not exist",
+            "could not find",
         ),
         (
             format!("/checkpoint/{namespace}/pod/c0"),

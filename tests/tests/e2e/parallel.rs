@@ -59,14 +59,14 @@ impl Proxy {
     fn ask(&self, path: &str, headers: &str) -> Stream {
         let mut socket = TcpStream::connect(self.address).unwrap();
         socket.set_read_timeout(Some(SOON)).unwrap();
-        write!(socket, "GET {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").unwrap();
+        write!(socket, "GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n").unwrap();
         Stream(BufReader::new(socket))
     }
 
     fn follow(&self, namespace: &str) -> Stream {
         self.ask(
             &format!("/api/v1/namespaces/{namespace}/pods/pod/log?follow=true"),
-            "",
+            "Connection: close\r\n",
         )
     }
 
