@@ -196,6 +196,9 @@ mod tests {
         let mut told = Vec::new();
         for boot in ["one", "one", "two", "two"] {
             say_start(&store, &events, &node, boot).await;
+            // Events are queued: what is written after them is written when they are.
+            let after = store.queue_state_end(ROOM, "nothing");
+            after.on_disk().await.unwrap();
             let all = store.waiting_reports(0, 100).unwrap();
             let rebooted = all
                 .iter()

@@ -139,6 +139,10 @@ impl Reader {
                 file.seek(SeekFrom::Start(0)).await?;
                 return Ok(AtEnd::GoesOn);
             }
+            // A rotation since the look at the names: ours has its stamp by now, and is left in good order.
+            if first_later(&self.path, self.after.as_deref())?.is_some() {
+                return Ok(AtEnd::Leaving);
+            }
         }
         self.open_next().await?;
         Ok(match self.source {
