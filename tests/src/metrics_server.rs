@@ -30,12 +30,12 @@ impl MetricsServer {
         cluster.write_kubeconfig("kube-system", "metrics-server", &kubeconfig);
         let kubeconfig = kubeconfig.to_str().expect("the path is text");
         let mut command = Command::new(tools().join("metrics-server"));
-        // The flags of its manifest, but for the shortest resolution that it takes.
+        // The flags of its manifest, but for the CA of the kubelets.
         command.args([
             "--kubelet-preferred-address-types=InternalIP,ExternalIP,Hostname",
             "--kubelet-use-node-status-port",
             "--kubelet-insecure-tls",
-            "--metric-resolution=10s",
+            "--metric-resolution=15s",
         ]);
         command.args([
             "--kubeconfig",

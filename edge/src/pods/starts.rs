@@ -16,13 +16,14 @@ const BUCKETS: [f64; 25] = [
 ];
 
 /// A pod on its way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Starting {
-    seen: Timestamp,
+    /// When it was `Pending` first.
+    seen: Option<Timestamp>,
     pulling: Duration,
 }
 
-/// Measures the starts of pods: those that this daemon has seen from `Pending` to `Running`. Clones count together.
+/// Measures the starts of pods that came while this daemon ran. Clones count together.
 #[derive(Clone, Debug)]
 pub struct Starts {
     starting: Arc<Mutex<HashMap<String, Starting>>>,
@@ -66,30 +67,30 @@ impl Starts {
         self.starting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A pod's phase, and the one before as this daemon knows it.
-    pub(super) fn phase(&self, pod: &Pod, old: Option<&str>, new: &str, now: Timestamp) {
+    /// A pod's phase; `first`: no status of it was ever told.
+    pub(super) fn phase(&self, pod: &Pod, first: bool, new: &str, now: Timestamp) {
         let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        let mut all = self.lock();
+        if first {
+            all.entry(uid.to_owned()).or_default().seen.get_or_insert(now);
+        }
         if new == "Pending" {
-            if old.is_none() {
-                let first = Starting {
-                    seen: now,
-                    pulling: Duration::ZERO,
-                };
-                self.lock().insert(uid.to_owned(), first);
-            }
             return;
         }
-        let Some(starting) = self.lock().remove(uid) else {
+        // Only one that was told of while it started has been seen.
+        let Some(starting) = all.remove(uid).filter(|starting| starting.seen.is_some()) else {
             return;
         };
-        if new != "Running" || old != Some("Pending") {
-            return;
-        }
-        let since = |from: Timestamp| Duration::try_from(now.duration_since(from)).unwrap_or_default();
-        self.seen.observe(since(starting.seen).as_secs_f64());
+        drop(all);
         let Some(created) = pod.metadata.creation_timestamp.as_ref() else {
             return;
         };
+        if new != "Running" {
+            return;
+        }
+        let since = |from: Timestamp| Duration::try_from(now.duration_since(from)).unwrap_or_default();
+        self.seen
+            .observe(since(starting.seen.unwrap_or(now)).as_secs_f64());
         let total = since(created.0);
         self.total.observe(total.as_secs_f64());
         let has_init = pod
@@ -104,9 +105,7 @@ impl Starts {
 
     /// An image of the pod was pulled.
     pub(super) fn pulled(&self, uid: &str, took: Duration) {
-        if let Some(starting) = self.lock().get_mut(uid) {
-            starting.pulling += took;
-        }
+        self.lock().entry(uid.to_owned()).or_default().pulling += took;
     }
 
     /// A pod is gone, started or not.
@@ -139,10 +138,10 @@ mod tests {
     fn a_start_is_measured_from_creation_and_the_pull_is_taken_off() {
         let starts = Starts::default();
         let pod = created();
-        starts.phase(&pod, None, "Pending", at(1));
+        starts.phase(&pod, true, "Pending", at(1));
         starts.pulled(pod.metadata.uid.as_deref().unwrap(), Duration::from_secs(3));
-        starts.phase(&pod, Some("Pending"), "Running", at(5));
-        starts.phase(&pod, Some("Running"), "Running", at(50));
+        starts.phase(&pod, false, "Running", at(5));
+        starts.phase(&pod, false, "Running", at(50));
         let text = shown(&starts);
         for line in [
             "kubelet_pod_start_duration_seconds_sum 4.0",
@@ -157,7 +156,7 @@ mod tests {
     #[test]
     fn a_pod_that_was_running_before_the_daemon_started_is_no_start() {
         let starts = Starts::default();
-        starts.phase(&created(), None, "Running", at(5));
+        starts.phase(&created(), false, "Running", at(5));
         assert!(shown(&starts).contains("kubelet_pod_start_duration_seconds_count 0"));
     }
 }

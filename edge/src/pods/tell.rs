@@ -140,7 +140,7 @@ impl Worker {
         drop(phases);
         self.shared
             .starts
-            .phase(pod, old.as_deref(), &phase, self.shared.clock.now());
+            .phase(pod, self.record.status.is_none(), &phase, self.shared.clock.now());
         if old.as_deref() != Some(phase.as_str()) {
             self.count_phases();
         }

@@ -266,7 +266,7 @@ fn top(t: &Test<'_>) {
     let busy = json!({"containers": [{"command": ["sh", "-c", "while true; do :; done"]}]});
     t.kubectl.apply(&other.pod("on-process", busy));
     ready(&t.kubectl, "on-process");
-    // Two scrapes ten seconds apart make the first value.
+    // Two scrapes a quarter of a minute apart make the first value.
     eventually(
         Duration::from_secs(120),
         "kubectl top shows both nodes and pods",
