@@ -82,6 +82,24 @@ pub(super) struct Orders {
 }
 
 impl Orders {
+    /// Nothing has changed since `last` but what the runtime shows.
+    pub(super) fn only_runtime_moved(&self, last: &Self) -> bool {
+        // Each field by name, so that a new one is not forgotten here.
+        let Self {
+            pod,
+            removed,
+            preempted,
+            wakes,
+            runtime_moves: _,
+            ending,
+        } = self;
+        *removed == last.removed
+            && *preempted == last.preempted
+            && *wakes == last.wakes
+            && is_same(pod.as_ref(), last.pod.as_ref())
+            && is_same(ending.as_ref(), last.ending.as_ref())
+    }
+
     /// The pod must stop.
     pub(super) fn stops(&self) -> bool {
         self.removed
@@ -211,13 +229,7 @@ impl Worker {
                 () = tokio::time::sleep_until(again) => return Ok(()),
             }
             let new = self.orders.borrow_and_update().clone();
-            let runtime_only = new.removed == last.removed
-                && new.wakes == last.wakes
-                && match (&new.pod, &last.pod) {
-                    (Some(new), Some(last)) => Arc::ptr_eq(new, last),
-                    (new, last) => new.is_none() && last.is_none(),
-                };
-            if !runtime_only || self.runtime_differs().await {
+            if !new.only_runtime_moved(last) || self.runtime_differs().await {
                 return Ok(());
             }
         }
@@ -564,6 +576,14 @@ impl Worker {
             }
         }
         Ok(progress)
+    }
+}
+
+fn is_same<T>(one: Option<&Arc<T>>, other: Option<&Arc<T>>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+        (None, None) => true,
+        _ => false,
     }
 }
 

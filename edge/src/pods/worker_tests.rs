@@ -567,6 +567,42 @@ async fn ready_survives_the_daemon_and_is_kept_until_the_probe_says_otherwise() 
     );
 }
 
+#[test]
+fn only_what_the_runtime_shows_may_be_passed_over() {
+    let last = super::worker::Orders::default();
+    let moved = super::worker::Orders {
+        runtime_moves: 1,
+        ..last.clone()
+    };
+    assert!(moved.only_runtime_moved(&last));
+    let ending = Some(Arc::new(super::Ending::default()));
+    let told = [
+        super::worker::Orders {
+            ending,
+            ..last.clone()
+        },
+        super::worker::Orders {
+            preempted: true,
+            ..last.clone()
+        },
+        super::worker::Orders {
+            removed: true,
+            ..last.clone()
+        },
+        super::worker::Orders {
+            wakes: 1,
+            ..last.clone()
+        },
+        super::worker::Orders {
+            pod: Some(Arc::default()),
+            ..last.clone()
+        },
+    ];
+    for orders in told {
+        assert!(!orders.only_runtime_moved(&last), "{orders:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_container_that_cannot_start_waits_for_its_back_off_like_one_that_crashes() {
     let site = Site::new();
