@@ -575,7 +575,13 @@ fn only_what_the_runtime_shows_may_be_passed_over() {
         ..last.clone()
     };
     assert!(moved.only_runtime_moved(&last));
-    let ending = Some(Arc::new(super::Ending::default()));
+    let ending = Some(Arc::new(super::Ending {
+        reason: String::new(),
+        message: String::new(),
+        grace: Duration::ZERO,
+        disruption: None,
+        event: false,
+    }));
     let told = [
         super::worker::Orders {
             ending,
