@@ -153,9 +153,15 @@ impl Site {
         command.arg("--pod-log-dir").arg(self.dir.join("pod-logs"));
         command.args(["--metrics-listen", &self.metrics.to_string()]);
         command.args(&self.flags);
-        if !self.flags.iter().any(|flag| flag.starts_with("--eviction-hard")) {
-            // The disk that the tests fill is shared with whatever else this machine does.
-            command.arg("--eviction-hard=memory.available<10Mi");
+        // The disk that the tests fill is shared with whatever else this machine does: a full one must not take pods
+        // and images from scenarios about other things.
+        for (flag, calm) in [
+            ("--eviction-hard", "memory.available<10Mi"),
+            ("--image-gc-high-threshold-percent", "100"),
+        ] {
+            if !self.flags.iter().any(|given| given.starts_with(flag)) {
+                command.arg(format!("{flag}={calm}"));
+            }
         }
         if let Some(endpoint) = self.modbus {
             command.args(["--modbus-endpoint", &endpoint.to_string()]);

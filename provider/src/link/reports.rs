@@ -1,7 +1,7 @@
 //! Reports of a site on their way to the API server.
 //!
 //! Each session has a few lanes; all statuses of one object take the same lane, so that they arrive in order, and so do
-//! its events, in a lane for events, so that no status waits behind one. A lane tries a report again until the API server
+//! its events, in a lane for events, so that no status waits behind one. The Node has a lane of its own. A lane tries a report again until the API server
 //! has it or will never take it, and only then answers the edge, whose outbox keeps the report until that answer. A
 //! status that a newer one of the same object follows in its lane is answered without being written: only the newest
 //! matters.
@@ -23,6 +23,8 @@ use super::sessions::Session;
 const LANES: usize = 6;
 /// Lanes for events.
 const EVENT_LANES: usize = 2;
+/// The Node's own lane.
+const NODE_LANES: usize = 1;
 const LANE_QUEUE: usize = 64;
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(15);
@@ -78,7 +80,7 @@ impl Lanes {
         session: &Session,
         results: &mpsc::Sender<Result<CloudBulk, Status>>,
     ) -> Self {
-        let lanes = (0..LANES + EVENT_LANES)
+        let lanes = (0..LANES + EVENT_LANES + NODE_LANES)
             .map(|_| {
                 let (sender, queue) = mpsc::channel(LANE_QUEUE);
                 let lane = Lane {
@@ -101,6 +103,8 @@ impl Lanes {
         let hash = hasher.finish() as usize;
         let lane = match &report.report {
             Some(report::Report::Event(_)) => LANES + hash % EVENT_LANES,
+            // A mirror pod waits for its Node: the Node must not wait behind it.
+            Some(report::Report::NodeStatus(_)) => LANES + EVENT_LANES,
             _ => hash % LANES,
         };
         // A closed lane belongs to a session that is over.
