@@ -352,8 +352,9 @@ impl World<'_> {
                         "{name} started {starts} times with {restarts} restarts counted"
                     ));
                 }
-                if starts == 0 && container["state"]["running"].is_object() {
-                    return Err(format!("{name} is said to run and never started"));
+                // Else a runtime that starts nothing at all would look like a quiet one.
+                if starts == 0 && (restarts > 0 || container["state"]["running"].is_object()) {
+                    return Err(format!("{name} has never started"));
                 }
             }
         }
