@@ -8,7 +8,7 @@ use skerry_tests::pods::{event, identity, phase, ready};
 use skerry_tests::process::{hack, workspace_binary};
 use skerry_tests::runner::{Scenario, Test};
 use skerry_tests::site::{IMAGE, Runtime, Site};
-use skerry_tests::wait::{SOON, eventually};
+use skerry_tests::wait::{SOON, eventually, same};
 
 pub(crate) fn scenarios() -> Vec<Scenario> {
     [
@@ -53,13 +53,24 @@ fn log_rotation(t: &Test<'_>) {
         "--container-log-monitor-interval=500ms",
     ];
     let site = site(t, "rotation", &flags);
+    // It talks once somebody follows: what was rotated before that is not read, as with a kubelet.
     let script = format!(
-        "i=0; while [ $i -lt {LINES} ]; do echo line $i of many; i=$((i+1)); \
-         [ $((i % 100)) = 0 ] && sleep 0.3; done; echo end; sleep 1000"
+        "echo begin; until [ -e /d/go ]; do sleep 0.1; done; \
+         i=0; while [ $i -lt {LINES} ]; do echo line $i of many; i=$((i+1)); \
+         [ $((i % 100)) = 0 ] && sleep 0.3; done; echo end; \
+         until [ -e /d/more ]; do sleep 0.1; done; echo more; sleep 1000"
     );
+    let door = site.dir().join("door");
+    std::fs::create_dir_all(&door).expect("the directory can be made");
     t.kubectl.apply(&site.pod(
         "talker",
-        json!({"containers": [{"command": ["sh", "-c", script]}]}),
+        json!({
+            "containers": [{
+                "command": ["sh", "-c", script],
+                "volumeMounts": [{"name": "d", "mountPath": "/d"}],
+            }],
+            "volumes": [{"name": "d", "hostPath": {"path": door}}],
+        }),
     ));
     ready(&t.kubectl, "talker");
     let mut follower = t
@@ -72,10 +83,11 @@ fn log_rotation(t: &Test<'_>) {
     let mut seen = Vec::new();
     for line in std::io::BufRead::lines(out) {
         let line = line.expect("kubectl prints text");
-        if line == "end" {
-            break;
+        match line.as_str() {
+            "begin" => std::fs::write(door.join("go"), "").expect("the file can be made"),
+            "end" => break,
+            _ => seen.push(line),
         }
-        seen.push(line);
     }
     let _ = follower.kill();
     let _ = follower.wait();
@@ -109,8 +121,13 @@ fn log_rotation(t: &Test<'_>) {
         }
     });
     // Without following, the current file is read, as with a kubelet.
-    let now = t.kubectl.run(&["logs", "talker", "--tail=1"]);
-    assert_eq!(now, "end\n");
+    std::fs::write(door.join("more"), "").expect("the file can be made");
+    eventually(SOON, "the newest line is read", || {
+        same(
+            t.kubectl.attempt(&["logs", "talker", "--tail=1"])?.as_str(),
+            "more\n",
+        )
+    });
 }
 
 /// Imports an image that no other has into the site's containerd.
