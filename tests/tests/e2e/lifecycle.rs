@@ -1,6 +1,8 @@
 //! What happens to a running container by its spec: probes, hooks, sidecars, restart rules, debugging.
 
+use std::io::{Read, Write};
 use std::path::Path;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 use skerry_tests::kubectl::condition;
@@ -441,9 +443,11 @@ fn debug(t: &Test<'_>) {
         (&pod["status"]["phase"], &identity(&pod)),
         (&json!("Running"), &identity(&before))
     );
-    // Interactively: what is typed goes in, what it says comes out.
-    let typed = t.kubectl.output_with(
-        &[
+    // Interactively: what is typed goes in, what it says comes out. The input stays open meanwhile: at its end containerd
+    // lets go of the output too, unless the container says stdinOnce, which kubectl debug never does.
+    let mut debug = t
+        .kubectl
+        .command(&[
             "debug",
             "-i",
             "pod",
@@ -456,13 +460,18 @@ fn debug(t: &Test<'_>) {
             "sh",
             "-c",
             "read word; echo got $word",
-        ],
-        "ahoy\n",
-    );
-    let said = String::from_utf8_lossy(&typed.stdout);
-    assert!(
-        said.contains("got ahoy"),
-        "{said} {}",
-        String::from_utf8_lossy(&typed.stderr)
-    );
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("kubectl runs");
+    let mut typed = debug.stdin.take().expect("stdin is piped");
+    typed.write_all(b"ahoy\n").expect("kubectl reads");
+    let mut said = String::new();
+    let mut out = debug.stdout.take().expect("stdout is piped");
+    // Ends with the container.
+    out.read_to_string(&mut said).expect("kubectl prints text");
+    drop(typed);
+    let _ = debug.wait();
+    assert!(said.contains("got ahoy"), "{said}");
 }
