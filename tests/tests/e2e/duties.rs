@@ -58,7 +58,7 @@ fn log_rotation(t: &Test<'_>) {
         "echo begin; until [ -e /d/go ]; do sleep 0.1; done; \
          i=0; while [ $i -lt {LINES} ]; do echo line $i of many; i=$((i+1)); \
          [ $((i % 100)) = 0 ] && sleep 0.3; done; echo end; \
-         until [ -e /d/more ]; do sleep 0.1; done; echo more; sleep 1000"
+         until [ -e /d/more ]; do sleep 0.1; done; while :; do echo more; sleep 1; done"
     );
     let door = site.dir().join("door");
     std::fs::create_dir_all(&door).expect("the directory can be made");
@@ -120,7 +120,7 @@ fn log_rotation(t: &Test<'_>) {
             Err(format!("{names:?}"))
         }
     });
-    // Without following, the current file is read, as with a kubelet.
+    // Without following, the current file is read, as with a kubelet; it may have been rotated just now.
     std::fs::write(door.join("more"), "").expect("the file can be made");
     eventually(SOON, "the newest line is read", || {
         same(
