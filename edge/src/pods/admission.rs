@@ -12,7 +12,6 @@ use super::allocation::Allocation;
 use super::events::Level;
 use super::ledger::Verdict;
 use super::objects::Objects;
-use super::plan::{inits, is_sidecar, regulars};
 use super::record::End;
 use super::resources::is_static;
 use super::worker::{Shared, SyncError, Worker};
@@ -170,12 +169,7 @@ fn is_extended(name: &str) -> bool {
 
 /// Ports of the node that a pod takes: protocol, address, number.
 pub(super) fn host_ports(pod: &Pod) -> BTreeSet<(String, String, u16)> {
-    let sidecars = inits(pod).iter().filter(|c| is_sidecar(c));
-    let ports = regulars(pod)
-        .iter()
-        .chain(sidecars)
-        .flat_map(|c| c.ports.iter().flatten());
-    ports
+    super::config::container_ports(pod)
         .filter_map(|port| {
             let number = u16::try_from(port.host_port?).ok().filter(|p| *p > 0)?;
             let protocol = port.protocol.clone().unwrap_or_else(|| "TCP".to_owned());

@@ -350,36 +350,30 @@ impl Planner<'_> {
             .filter(|i| self.record.is_current(i))
     }
 
+    /// Stops a running instance and starts the next one at once, whatever the restart policy says.
+    fn replace(&mut self, container: &Container, instance: &Instance, message: String) {
+        self.plan.steps.push(Step::Kill {
+            name: container.name.clone(),
+            id: instance.id.clone(),
+            message,
+            grace: None,
+        });
+        self.plan.steps.push(Step::Start {
+            name: container.name.clone(),
+            restart_count: instance.restart_count + 1,
+            discard: None,
+            after: None,
+        });
+    }
+
     fn check_running(&mut self, container: &Container, instance: &Instance) {
         let name = container.name.clone();
         if instance.spec_hash != spec_hash(container) {
-            self.plan.steps.push(Step::Kill {
-                message: format!("Container {name} definition changed, will be restarted"),
-                name: name.clone(),
-                id: instance.id.clone(),
-                grace: None,
-            });
-            let restart_count = instance.restart_count + 1;
-            self.plan.steps.push(Step::Start {
-                name,
-                restart_count,
-                discard: None,
-                after: None,
-            });
+            let message = format!("Container {name} definition changed, will be restarted");
+            self.replace(container, instance, message);
         } else if super::resize::needs_restart(self.pod, container, self.record) {
-            self.plan.steps.push(Step::Kill {
-                message: format!("Container {name} resize requires restart"),
-                name: name.clone(),
-                id: instance.id.clone(),
-                grace: None,
-            });
-            let restart_count = instance.restart_count + 1;
-            self.plan.steps.push(Step::Start {
-                name,
-                restart_count,
-                discard: None,
-                after: None,
-            });
+            let message = format!("Container {name} resize requires restart");
+            self.replace(container, instance, message);
         } else if let Some(verdict) = self.condemned.iter().find(|c| c.id == instance.id) {
             let again = restarts(self.pod, container, 137);
             let then = if again { ", will be restarted" } else { "" };
