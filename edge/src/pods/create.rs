@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use tokio::time::Instant;
 
 use super::backoff::Backoff;
 use super::config;
@@ -19,6 +20,7 @@ use super::record::{Ended, State};
 use super::resources;
 use super::security;
 use super::status::Waiting;
+use super::trace::Stage;
 use super::worker::{SyncError, Worker, grace};
 use super::{ephemeral, hooks};
 use crate::runtime::{
@@ -28,9 +30,11 @@ use crate::runtime::{
 impl Worker {
     /// Makes the pod's sandbox; answers whether it is there.
     pub(super) async fn run_sandbox(&mut self, pod: &Pod, attempt: u32) -> Result<bool, SyncError> {
+        let begun = Instant::now();
         if !self.make_cgroup(pod).await? {
             return Ok(false);
         }
+        self.trace.note(Stage::Cgroup, begun);
         let config = match self.sandbox_config(pod, attempt).await {
             Ok(config) => config,
             Err(message) => {
@@ -48,7 +52,10 @@ impl Worker {
         // The number is taken whatever happens: a name half reserved in the runtime is not used again.
         self.record.sandboxes_made = attempt + 1;
         self.save()?;
-        match self.shared.runtime.run_sandbox(&config).await {
+        let begun = Instant::now();
+        let made = self.shared.runtime.run_sandbox(&config).await;
+        self.trace.note(Stage::Sandbox, begun);
+        match made {
             Ok(id) => {
                 self.record.sandbox = Some(id.0);
                 self.save()?;
@@ -171,9 +178,12 @@ impl Worker {
         after: Option<&Ended>,
     ) -> Result<bool, SyncError> {
         let name = &container.name;
+        let begun = Instant::now();
         let Some(image_ref) = self.image(pod, container).await else {
             return Ok(false);
         };
+        self.trace.note(Stage::Image, begun);
+        let begun = Instant::now();
         let sandbox_config = self
             .sandbox_config(pod, self.record.sandboxes_made.saturating_sub(1))
             .await;
@@ -202,12 +212,15 @@ impl Worker {
         };
         self.record.containers.entry(name.clone()).or_default().actuated =
             Some(super::allocation::Actuated::of(pod, container));
-        let id = match self
+        self.trace.note(Stage::Configure, begun);
+        let begun = Instant::now();
+        let created = self
             .shared
             .runtime
             .create_container(&sandbox, &config, &sandbox_config)
-            .await
-        {
+            .await;
+        self.trace.note(Stage::Create, begun);
+        let id = match created {
             Ok(id) => id,
             Err(error @ RuntimeError::Unavailable { .. }) => return Err(error.into()),
             Err(error) => {
@@ -230,7 +243,10 @@ impl Worker {
         if let Some(ended) = after {
             self.step_backoff(container, ended)?;
         }
-        if let Err(error) = self.shared.runtime.start_container(&id).await {
+        let begun = Instant::now();
+        let started = self.shared.runtime.start_container(&id).await;
+        self.trace.note(Stage::Start, begun);
+        if let Err(error) = started {
             self.fail(pod, name, "RunContainerError", error.to_string()).await;
             return Ok(false);
         }

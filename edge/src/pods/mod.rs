@@ -54,6 +54,7 @@ mod statics;
 mod status;
 mod teardown;
 mod tell;
+mod trace;
 mod volumes;
 mod worker;
 #[cfg(test)]

@@ -9,6 +9,8 @@ use k8s_openapi::api::core::v1::Pod;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use super::trace::Steps;
+
 /// Upper bounds in seconds, the kubelet's.
 const BUCKETS: [f64; 25] = [
     0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 20.0, 30.0, 45.0, 60.0, 120.0, 180.0, 240.0, 300.0, 360.0,
@@ -30,6 +32,7 @@ pub struct Starts {
     seen: Histogram,
     total: Histogram,
     sli: Histogram,
+    steps: Steps,
 }
 
 impl Default for Starts {
@@ -39,6 +42,7 @@ impl Default for Starts {
             seen: Histogram::new(BUCKETS),
             total: Histogram::new(BUCKETS),
             sli: Histogram::new(BUCKETS),
+            steps: Steps::default(),
         }
     }
 }
@@ -61,6 +65,12 @@ impl Starts {
             "Duration in seconds to start a pod without init containers since creation, excluding time to pull images",
             self.sli.clone(),
         );
+        self.steps.register(registry);
+    }
+
+    /// Durations by step.
+    pub(super) fn steps(&self) -> &Steps {
+        &self.steps
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Starting>> {

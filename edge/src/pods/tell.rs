@@ -99,6 +99,7 @@ impl Worker {
         let json = serde_json::to_vec(&status::build(pod, &self.record, &context)).unwrap_or_default();
         let status: k8s_openapi::api::core::v1::PodStatus = serde_json::from_slice(&json).unwrap_or_default();
         self.note_phase(pod, status.phase.clone().unwrap_or_default());
+        self.trace_start(status.phase.as_deref());
         let round = *self.shared.report_round.borrow();
         let api_uid = self.api_uid();
         let asked =
@@ -132,6 +133,19 @@ impl Worker {
         });
         self.await_later(report);
         Ok(())
+    }
+
+    /// Tells how the pod's first start went, once it runs.
+    fn trace_start(&mut self, phase: Option<&str>) {
+        let ran_before = self.record.status.as_ref().and_then(|s| s.phase.as_deref());
+        match (ran_before, phase) {
+            (None | Some("Pending"), Some("Running")) => {
+                let (namespace, name) = (&self.record.namespace, &self.record.name);
+                self.trace.running(self.shared.starts.steps(), namespace, name);
+            }
+            (None | Some("Pending"), _) => {}
+            (Some(_), _) => self.trace.skip(),
+        }
     }
 
     fn note_phase(&self, pod: &Pod, phase: String) {

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use skerry_proto::object::Uid;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::admission::Admitted;
 use super::events::{Events, Level};
@@ -21,6 +22,7 @@ use super::record::{End, PodRecord, View};
 use super::security::UserRanges;
 use super::status::{self, Phase, Waiting};
 use super::teardown::stop_all;
+use super::trace::{Stage, Trace};
 use super::{Clock, PodsConfig, ROOM, Summary, ephemeral, volumes};
 use crate::runtime::{ContainerId, Features, Runtime, RuntimeError};
 use crate::store::{Store, Written};
@@ -146,6 +148,7 @@ pub(super) struct Worker {
     pub(super) unsure: bool,
     /// The UID under which it was last reported.
     pub(super) reported_as: Option<Uid>,
+    pub(super) trace: Trace,
 }
 
 impl Worker {
@@ -182,6 +185,7 @@ impl Worker {
             writes: Mutex::default(),
             unsure: false,
             reported_as,
+            trace: Trace::new(),
         }
     }
 
@@ -222,7 +226,7 @@ impl Worker {
 
     /// Waits for a reason to look again. Fails when the supervisor has dropped the orders: only when it stops.
     async fn wait(&mut self, last: &Orders) -> Result<(), watch::error::RecvError> {
-        let again = tokio::time::Instant::now() + self.again;
+        let again = Instant::now() + self.again;
         loop {
             tokio::select! {
                 changed = self.orders.changed() => changed?,
@@ -274,7 +278,10 @@ impl Worker {
             return self.finish_end(wished).await;
         }
         // From here on the pod has what it was given, whatever its spec asks for.
-        let pod = match self.admit(wished).await? {
+        let begun = Instant::now();
+        let admitted = self.admit(wished).await?;
+        self.trace.note(Stage::Admission, begun);
+        let pod = match admitted {
             Admitted::Yes(pod) => *pod,
             Admitted::NotYet => return self.publish(wished, false).await,
             Admitted::No(end) => return self.end(wished, end).await,
@@ -285,7 +292,10 @@ impl Worker {
         }
         self.say_unsupported(pod).await;
         for _ in 0..MAX_ROUNDS {
-            if !self.mount(pod).await {
+            let begun = Instant::now();
+            let mounted = self.mount(pod).await;
+            self.trace.note(Stage::Volumes, begun);
+            if !mounted {
                 break;
             }
             self.resize(pod).await?;
@@ -327,7 +337,9 @@ impl Worker {
 
     /// Looks at the runtime and merges it into the record.
     pub(super) async fn look(&mut self, pod: &Pod) -> Result<(), SyncError> {
+        let begun = Instant::now();
         let inventory = self.shared.runtime.list_pod(&self.uid).await?;
+        self.trace.note(Stage::Look, begun);
         self.view = View::new(inventory.sandboxes, inventory.containers);
         let before = self.record.clone();
         let dir = self.pod_dir();
@@ -368,9 +380,11 @@ impl Worker {
             return Ok(());
         }
         self.unsure = true;
+        let begun = Instant::now();
         for write in writes {
             write.on_disk().await?;
         }
+        self.trace.note(Stage::Disk, begun);
         self.unsure = false;
         Ok(())
     }
