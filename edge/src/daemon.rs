@@ -123,6 +123,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         site: site.clone(),
         boot_id: boot_id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        incarnation: store.begin_life()?,
     };
     let link = Arc::new(Link::new(
         store.clone(),

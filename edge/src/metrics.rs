@@ -161,6 +161,11 @@ impl Metrics {
         self.dropped.inc();
     }
 
+    /// Reports that the provider has refused for good since the daemon started.
+    pub fn dropped_reports(&self) -> u64 {
+        self.dropped.get()
+    }
+
     /// Notes how many static pods there are, and how many of their files cannot be used.
     pub fn set_static_pods(&self, pods: usize, errors: usize) {
         self.static_pods.set(i64::try_from(pods).unwrap_or(i64::MAX));

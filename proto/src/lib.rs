@@ -5,12 +5,14 @@
 //! * [`SiteName`], [`SpiffeId`], [`TrustDomain`]: the names that both sides check;
 //! * [`static_pod`]: static pods and their mirrors;
 //! * [`token`]: the join token;
+//! * [`digest`]: how what a site holds is told in short;
 //! * [`object`]: how an API object is hashed and packed for the link;
 //! * [`device`]: the Device API as both sides read it;
 //! * [`stats`]: what a node and its pods use;
 //! * [`limits`]: sizes that both sides enforce.
 
 pub mod device;
+pub mod digest;
 pub mod limits;
 pub mod object;
 mod site;
@@ -31,4 +33,7 @@ pub mod link {
     pub const PROTOCOL_MAX: u32 = 1;
     /// The oldest protocol version that this build speaks.
     pub const PROTOCOL_MIN: u32 = 1;
+
+    /// The feature of Hello and Welcome that stands for `InventoryDigest` and digests in `Applied`.
+    pub const FEATURE_DIGEST: &str = "inventory-digest";
 }

@@ -9,6 +9,9 @@ pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
 /// Most entries in one `Inventory` part.
 pub const INVENTORY_PART: usize = 2_000;
 
+/// Most buckets that an inventory's digest is divided into.
+pub const MAX_BUCKETS: u32 = 1_024;
+
 /// Most changes that the provider sends ahead of the edge's acknowledgement.
 pub const CHANGE_WINDOW: u64 = 256;
 

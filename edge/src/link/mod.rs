@@ -10,6 +10,9 @@
 //! * Nothing here stops a pod: the store is changed by the provider's explicit word alone.
 
 mod backoff;
+pub mod holding;
+#[cfg(test)]
+mod holding_tests;
 mod session;
 mod tunnel;
 
@@ -61,6 +64,8 @@ pub struct Greeting {
     pub boot_id: String,
     /// The daemon's version.
     pub version: String,
+    /// Which start on this store it is.
+    pub incarnation: u64,
 }
 
 /// The link, ready to run.
@@ -101,6 +106,9 @@ pub(crate) enum SessionError {
     /// The provider does not keep to link.proto.
     #[error("the provider broke the protocol: {0}")]
     Protocol(&'static str),
+    /// So does one that loses changes.
+    #[error("the provider broke the protocol: {0}")]
+    OutOfOrder(#[from] holding::OutOfOrder),
     /// The store cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),

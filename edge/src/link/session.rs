@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use jiff::Timestamp;
-use skerry_proto::limits::{CHANGE_WINDOW, INVENTORY_PART, MAX_MESSAGE_BYTES, REPORT_WINDOW};
+use skerry_proto::limits::{CHANGE_WINDOW, MAX_MESSAGE_BYTES, REPORT_WINDOW};
 use skerry_proto::link::link_client::LinkClient;
 use skerry_proto::link::report_result::Outcome;
 use skerry_proto::link::{
-    Applied, BulkHello, CloudBulk, CloudControl, EdgeBulk, EdgeControl, Heartbeat, Hello, Inventory,
-    PROTOCOL_MAX, PROTOCOL_MIN, ReportResult, Welcome, change, cloud_bulk, cloud_control, edge_bulk,
-    edge_control,
+    BulkHello, CloudBulk, CloudControl, EdgeBulk, EdgeControl, FEATURE_DIGEST, Heartbeat, Hello,
+    PROTOCOL_MAX, PROTOCOL_MIN, ReportResult, Welcome, change, cloud_control, edge_bulk, edge_control,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -20,9 +19,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
+use super::holding::{Holding, Work};
 use super::tunnel::serve;
 use super::{Link, SessionError};
-use crate::store::StoreError;
+use crate::store::{Store, StoreError};
 
 /// How long the provider may take for its first answer.
 const GREETING_LIMIT: Duration = Duration::from_secs(15);
@@ -43,7 +43,8 @@ enum Never {}
 
 async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
     let (to_control, mut control, welcome) = greet(link).await?;
-    let (to_bulk, bulk, client) = open_bulk(link, &welcome).await?;
+    let holding = Holding::new(&welcome);
+    let (to_bulk, bulk, client) = open_bulk(link, &welcome, &holding).await?;
     link.note_online();
     tracing::info!(session = %welcome.session, provider = %welcome.version, "the link is up");
 
@@ -51,6 +52,7 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
     let mut parts = JoinSet::new();
     parts.spawn(receive(
         Arc::clone(link),
+        holding,
         bulk,
         to_bulk.clone(),
         Arc::clone(&window),
@@ -92,7 +94,11 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
             }
             () = tokio::time::sleep_until(beats.next) => {
                 let seq = beats.beat()?;
-                let beat = Heartbeat { seq, outbox: link.store.outbox_len().unwrap_or(0) };
+                let beat = Heartbeat {
+                    seq,
+                    outbox: link.store.outbox_len().unwrap_or(0),
+                    dropped: link.store.dropped_reports() + link.metrics.dropped_reports(),
+                };
                 let message = EdgeControl { message: Some(edge_control::Message::Heartbeat(beat)) };
                 if to_control.try_send(message).is_err() {
                     return Err(SessionError::Protocol("the provider does not read its control stream"));
@@ -116,7 +122,8 @@ async fn greet(link: &Link) -> Result<Control, SessionError> {
         boot_id: link.greeting.boot_id.clone(),
         store_id: link.store.id().to_owned(),
         now_unix_nanos: i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX),
-        features: vec![],
+        features: vec![FEATURE_DIGEST.to_owned()],
+        incarnation: link.greeting.incarnation,
     };
     // The queue is new and has room.
     let _ = sender.try_send(EdgeControl {
@@ -145,31 +152,20 @@ async fn greet(link: &Link) -> Result<Control, SessionError> {
 
 type BulkParts = (mpsc::Sender<EdgeBulk>, Streaming<CloudBulk>, LinkClient<Channel>);
 
-/// Opens the second connection and sends the inventory.
-async fn open_bulk(link: &Link, welcome: &Welcome) -> Result<BulkParts, SessionError> {
+/// Opens the second connection and tells what the store holds.
+async fn open_bulk(link: &Link, welcome: &Welcome, holding: &Holding) -> Result<BulkParts, SessionError> {
     let channel = link.dial.dial().await.map_err(SessionError::Dial)?;
     let client = client(channel);
     let (sender, queue) = mpsc::channel(BULK_QUEUE);
-    let store = link.store.clone();
-    let inventory = tokio::task::spawn_blocking(move || store.inventory()).await;
-    let inventory = inventory.map_err(|_| SessionError::Protocol("the inventory was not read"))??;
+    let opening = read_store(link, holding, Holding::opening).await?;
     let hello = edge_bulk::Message::Hello(BulkHello {
         session: welcome.session.clone(),
     });
     let _ = sender.try_send(EdgeBulk { message: Some(hello) });
     let feed = sender.clone();
-    // Runs beside the call: the queue is shorter than a large inventory.
+    // Runs beside the call: the queue is shorter than a large inventory. A closed queue shows as the call's error.
     let parts = async move {
-        let mut chunks = inventory.chunks(INVENTORY_PART).peekable();
-        loop {
-            let entries = chunks.next().unwrap_or_default().to_vec();
-            let last = chunks.peek().is_none();
-            let part = edge_bulk::Message::Inventory(Inventory { entries, last });
-            // A closed queue shows as the call's error.
-            if feed.send(EdgeBulk { message: Some(part) }).await.is_err() || last {
-                return;
-            }
-        }
+        let _ = send_all(&feed, opening).await;
     };
     let mut caller = client.clone();
     let call = async { caller.bulk(ReceiverStream::new(queue)).await };
@@ -181,6 +177,32 @@ async fn open_bulk(link: &Link, welcome: &Welcome) -> Result<BulkParts, SessionE
     Ok((sender, stream, client))
 }
 
+/// Reads much of the store, where blocking is allowed.
+async fn read_store<T: Send + 'static>(
+    link: &Link,
+    holding: &Holding,
+    read: impl FnOnce(&Holding, &Store) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, SessionError> {
+    let (store, holding) = (link.store.clone(), holding.clone());
+    let read = tokio::task::spawn_blocking(move || read(&holding, &store)).await;
+    Ok(read.map_err(|_| SessionError::Protocol("the store was not read"))??)
+}
+
+const BULK_ENDED: SessionError = SessionError::Protocol("the bulk stream ended");
+
+async fn send_all(
+    to_bulk: &mpsc::Sender<EdgeBulk>,
+    messages: impl IntoIterator<Item = edge_bulk::Message>,
+) -> Result<(), SessionError> {
+    for message in messages {
+        let message = EdgeBulk {
+            message: Some(message),
+        };
+        to_bulk.send(message).await.map_err(|_| BULK_ENDED)?;
+    }
+    Ok(())
+}
+
 fn client(channel: Channel) -> LinkClient<Channel> {
     LinkClient::new(channel)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -190,6 +212,7 @@ fn client(channel: Channel) -> LinkClient<Channel> {
 /// Takes changes into the store, batched as they come, and settles reports. Returns why it ended.
 async fn receive(
     link: Arc<Link>,
+    mut holding: Holding,
     bulk: Streaming<CloudBulk>,
     to_bulk: mpsc::Sender<EdgeBulk>,
     window: Arc<Semaphore>,
@@ -197,54 +220,44 @@ async fn receive(
     let batch = usize::try_from(CHANGE_WINDOW).unwrap_or(1);
     let mut batches = bulk.ready_chunks(batch);
     while let Some(messages) = batches.next().await {
-        let mut taken = Taken::default();
-        for message in messages {
-            match message {
-                Ok(message) => taken.add(message),
-                Err(status) => return status.into(),
+        let taken = async {
+            let messages = messages.into_iter().collect::<Result<Vec<_>, _>>()?;
+            for work in holding.plan(messages)? {
+                carry_out(&link, &holding, work, &to_bulk, &window).await?;
             }
-        }
-        if let Some(seq) = taken.last_change {
-            commit(&link, taken.changes).await;
-            let applied = edge_bulk::Message::Applied(Applied { seq });
-            if to_bulk
-                .send(EdgeBulk {
-                    message: Some(applied),
-                })
-                .await
-                .is_err()
-            {
-                break;
-            }
-        }
-        if taken.synced {
-            link.note_synced();
-        }
-        if !taken.results.is_empty() {
-            settle(&link, &taken.results, &window).await;
+            Ok(())
+        };
+        if let Err(error) = taken.await {
+            return error;
         }
     }
-    SessionError::Protocol("the bulk stream ended")
+    BULK_ENDED
 }
 
-#[derive(Default)]
-struct Taken {
-    changes: Vec<change::Change>,
-    last_change: Option<u64>,
-    synced: bool,
-    results: Vec<ReportResult>,
-}
-
-impl Taken {
-    fn add(&mut self, message: CloudBulk) {
-        match message.message {
-            Some(cloud_bulk::Message::Change(change)) => {
-                self.last_change = Some(change.seq);
-                self.changes.extend(change.change);
-            }
-            Some(cloud_bulk::Message::Synced(_)) => self.synced = true,
-            Some(cloud_bulk::Message::ReportResult(result)) => self.results.push(result),
-            None => {}
+async fn carry_out(
+    link: &Link,
+    holding: &Holding,
+    work: Work,
+    to_bulk: &mpsc::Sender<EdgeBulk>,
+    window: &Semaphore,
+) -> Result<(), SessionError> {
+    match work {
+        Work::Commit { changes, seq } => {
+            commit(link, changes).await;
+            send_all(to_bulk, [holding.acknowledgement(&link.store, seq)?]).await
+        }
+        Work::Synced { seq } => {
+            link.note_synced();
+            send_all(to_bulk, holding.proof(&link.store, seq)?).await
+        }
+        Work::Answer(request) => {
+            let answer = move |holding: &Holding, store: &Store| holding.answer(store, &request);
+            let answer = read_store(link, holding, answer).await?;
+            send_all(to_bulk, answer).await
+        }
+        Work::Settle(results) => {
+            settle(link, &results, window).await;
+            Ok(())
         }
     }
 }

@@ -10,6 +10,8 @@
 //! |---|---|---|---|
 //! | `meta` | name | bytes | [`Store::open`]: `schema`, `store_id`; outbox: `next_seq` |
 //! | `objects` | (kind, UID) | an [`Upsert`] message | the link, through [`Store::apply`] |
+//! | `held` | (kind, UID) | hash and expiry, see [`digest`] | the same transaction |
+//! | `ended` | UID of a pod | number, see [`ended`] | the transaction that removes it |
 //! | `names` | (kind, namespace, name) | UID | the same transaction |
 //! | `state` | (room, key) | JSON | each room for itself: pod records, device twins |
 //! | `outbox` | sequence number | a [`Report`] message | any room, through [`Store::report`] |
@@ -34,6 +36,10 @@
 //! **Invariants** (tested against a simple model in `tests.rs`): `names` points only to stored objects; every
 //! `outbox_keys` entry points to a stored report that carries that key; numbers ascend.
 
+mod digest;
+#[cfg(test)]
+mod digest_tests;
+mod ended;
 mod file;
 mod outbox;
 mod schema;
@@ -46,7 +52,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prost::Message;
-use redb::{ReadableTable, ReadableTableMetadata, TableDefinition, WriteTransaction};
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use skerry_proto::link::{self, Kind, Upsert, change};
@@ -56,6 +62,7 @@ use tokio::sync::{broadcast, oneshot, watch};
 use file::File;
 use writer::{Done, Write, Writer};
 
+pub use ended::MAX_ENDED;
 pub use outbox::{MAX_EVENTS, NewReport};
 
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
@@ -269,6 +276,26 @@ impl Store {
         })
     }
 
+    /// Begins another life: answers how many daemons have been started on this store, this one included. Blocking.
+    pub fn begin_life(&self) -> Result<u64, StoreError> {
+        let transaction = self.inner.shared.file.begin_write()?;
+        let life;
+        {
+            let mut meta = transaction.open_table(META)?;
+            let stored = meta
+                .get("incarnation")?
+                .and_then(|v| <[u8; 8]>::try_from(v.value()).ok());
+            life = stored.map_or(0, u64::from_le_bytes) + 1;
+            meta.insert("incarnation", life.to_le_bytes().as_slice())?;
+        }
+        transaction.commit()?;
+        Ok(life)
+    }
+
+    fn begin_read(&self) -> Result<redb::ReadTransaction, StoreError> {
+        self.inner.shared.file.begin_read()
+    }
+
     /// Made once with the file: tells two stores with one identity apart.
     pub fn id(&self) -> &str {
         &self.inner.id
@@ -330,7 +357,11 @@ impl Store {
             let (key, value) = entry?;
             match decode_object(value.value()) {
                 Ok(object) => found.push(object),
-                Err(error) => tracing::error!(uid = key.value().1, %error, "a stored object is left out"),
+                Err(error) => {
+                    let uid = Uid::from(key.value().1);
+                    tracing::error!(%uid, %error, "a stored object is left out; the provider is asked for it again");
+                    drop(self.distrust(&ObjectKey { kind, uid }));
+                }
             }
         }
         Ok(found)
@@ -347,30 +378,6 @@ impl Store {
             count += 1;
         }
         Ok(count)
-    }
-
-    /// What the store holds, for the handshake with the provider.
-    pub fn inventory(&self) -> Result<Vec<link::InventoryEntry>, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let objects = transaction.open_table(OBJECTS)?;
-        let mut entries = Vec::with_capacity(usize::try_from(objects.len()?).unwrap_or(0));
-        for entry in objects.iter()? {
-            let (key, value) = entry?;
-            let (byte, uid) = key.value();
-            let mut line = link::InventoryEntry {
-                kind: i32::from(byte),
-                uid: uid.to_owned(),
-                hash: bytes::Bytes::new(),
-                expires_unix: 0,
-            };
-            // One that cannot be read goes out without a hash, so that the provider sends it again.
-            if let Ok(object) = decode_object(value.value()) {
-                line.hash = bytes::Bytes::copy_from_slice(&object.hash.0);
-                line.expires_unix = object.expires_unix;
-            }
-            entries.push(line);
-        }
-        Ok(entries)
     }
 
     /// A room's own record.
@@ -459,13 +466,23 @@ fn apply(
     let mut notices = Vec::with_capacity(changes.len());
     let mut objects = transaction.open_table(OBJECTS)?;
     let mut names = transaction.open_table(NAMES)?;
+    let mut held = digest::Held::open(transaction)?;
     for change in changes {
         let notice = match change {
-            change::Change::Upsert(upsert) => upsert_object(&mut objects, &mut names, upsert.clone())?,
-            change::Change::Remove(remove) => remove_object(&mut objects, &mut names, remove)?,
+            change::Change::Upsert(upsert) => {
+                upsert_object(&mut objects, &mut names, &mut held, upsert.clone())?
+            }
+            change::Change::Remove(remove) => {
+                let notice = remove_object(&mut objects, &mut names, &mut held, remove)?;
+                if notice.is_some() && remove.kind() == Kind::Pod {
+                    ended::bury(transaction, &remove.uid, MAX_ENDED)?;
+                }
+                notice
+            }
         };
         notices.extend(notice);
     }
+    held.save(transaction)?;
     Ok(notices)
 }
 
@@ -475,6 +492,7 @@ type NameTable<'t> = redb::Table<'t, (u8, &'static str, &'static str), &'static 
 fn upsert_object(
     objects: &mut ObjectTable<'_>,
     names: &mut NameTable<'_>,
+    held: &mut digest::Held<'_>,
     upsert: Upsert,
 ) -> Result<Option<ObjectChanged>, StoreError> {
     let encoded = upsert.encode_to_vec();
@@ -487,6 +505,11 @@ fn upsert_object(
     };
     let byte = kind_byte(object.key.kind);
     objects.insert((byte, object.key.uid.as_str()), encoded.as_slice())?;
+    let entry = skerry_proto::digest::Entry {
+        hash: object.hash,
+        expires_unix: object.expires_unix,
+    };
+    held.put(byte, object.key.uid.as_str(), entry)?;
     names.insert(
         (byte, object.namespace.as_str(), object.name.as_str()),
         object.key.uid.as_str(),
@@ -502,10 +525,12 @@ fn upsert_object(
 fn remove_object(
     objects: &mut ObjectTable<'_>,
     names: &mut NameTable<'_>,
+    held: &mut digest::Held<'_>,
     remove: &link::Remove,
 ) -> Result<Option<ObjectChanged>, StoreError> {
     let kind = remove.kind();
     let byte = kind_byte(kind);
+    held.remove(byte, &remove.uid)?;
     let Some(encoded) = objects
         .remove((byte, remove.uid.as_str()))?
         .map(|value| value.value().to_vec())

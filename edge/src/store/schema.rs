@@ -4,11 +4,12 @@ use std::path::Path;
 
 use redb::{Builder, Database, DatabaseError, ReadableTable, StorageError};
 
+use super::ended::{ENDED, ORDER};
 use super::outbox::{EVENTS, KEYS, OUTBOX};
-use super::{META, NAMES, OBJECTS, OpenError, STATE, StoreError};
+use super::{META, NAMES, OBJECTS, OpenError, STATE, StoreError, digest};
 
 /// The schema that this build writes.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 
 pub(super) fn open(path: &Path, cache_bytes: usize) -> Result<(Database, String), OpenError> {
     if let Some(dir) = path.parent() {
@@ -81,6 +82,7 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
     let transaction = database.begin_write()?;
     let found;
     let id;
+    let mut old = false;
     {
         let mut meta = transaction.open_table(META)?;
         let stored = meta.get("schema")?.map(|v| v.value().to_vec());
@@ -90,7 +92,10 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
                     what: "schema number".to_owned(),
                     reason: format!("{} bytes", bytes.len()),
                 })?;
-                found = u32::from_le_bytes(number);
+                let number = u32::from_le_bytes(number);
+                // 1 had no index of what is held.
+                old = number == 1;
+                found = if old { SCHEMA } else { number };
                 id = meta
                     .get("store_id")?
                     .map(|v| String::from_utf8_lossy(v.value()).into_owned());
@@ -103,6 +108,9 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
                 id = Some(fresh);
             }
         }
+        if old {
+            meta.insert("schema", SCHEMA.to_le_bytes().as_slice())?;
+        }
         if found == SCHEMA {
             transaction.open_table(OBJECTS)?;
             transaction.open_table(NAMES)?;
@@ -110,7 +118,13 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
             transaction.open_table(OUTBOX)?;
             transaction.open_table(KEYS)?;
             transaction.open_table(EVENTS)?;
+            transaction.open_table(digest::HELD)?;
+            transaction.open_table(ENDED)?;
+            transaction.open_table(ORDER)?;
         }
+    }
+    if old {
+        digest::rebuild(&transaction)?;
     }
     transaction.commit()?;
     let id = id.ok_or_else(|| StoreError::Value {

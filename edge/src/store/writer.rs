@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 
 use redb::WriteTransaction;
 use skerry_proto::link::change;
+use skerry_proto::object::ObjectKey;
 use tokio::sync::oneshot;
 
 use super::{NewReport, ObjectChanged, STATE, Shared, StoreError, outbox};
@@ -25,6 +26,8 @@ const BATCH: usize = 256;
 pub(super) enum Write {
     /// The provider's changes.
     Apply(Vec<change::Change>),
+    /// An object that cannot be read.
+    Distrust(ObjectKey),
     /// A report for the outbox.
     Report(Box<NewReport>),
     /// Reports that the provider has settled.
@@ -56,6 +59,7 @@ impl Write {
                 changed: super::apply(transaction, changes)?,
                 ..Done::default()
             }),
+            Write::Distrust(key) => super::digest::distrust(transaction, key).map(|()| Done::default()),
             Write::Report(report) => outbox::add(transaction, report),
             Write::Settle(seqs) => outbox::settle(transaction, seqs).map(|()| Done::default()),
             Write::Put { room, key, json } => {
