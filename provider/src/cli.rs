@@ -79,10 +79,15 @@ impl From<TokenSettings> for Settings {
 /// What can be done with join tokens.
 #[derive(Subcommand, Debug)]
 pub enum TokenAction {
-    /// Print a new single-use token for a declared Site; hand it to: skerry-edge join --token
+    /// Print a new single-use token for a declared Site; hand it to: skerry-edge join --token. For several Sites: a line
+    /// with name and token for each
     Create {
-        /// The Site that may enrol with it.
-        site: SiteName,
+        /// The Sites that may enrol, each with a token of its own.
+        #[arg(value_name = "SITE", required_unless_present = "file")]
+        sites: Vec<SiteName>,
+        /// File with more names of Sites, one a line; - is standard input
+        #[arg(short, long, value_name = "FILE")]
+        file: Option<PathBuf>,
         /// How long it may be used, for example 30m, 24h, 7d
         #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
         ttl: Duration,

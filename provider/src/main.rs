@@ -1,9 +1,12 @@
 //! The provider's program: command line, logging, signals, exit codes.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use futures::StreamExt;
 use jiff::Timestamp;
+use skerry_proto::SiteName;
 use skerry_provider::cli::{Cli, Command, TokenAction, completion};
 use skerry_provider::config::{Config, ConfigError, Settings};
 use skerry_provider::pki::tokens::{self, TokenError};
@@ -41,12 +44,21 @@ enum Failure {
     Token(#[from] TokenError),
     #[error("there is no join token {0}")]
     NoToken(String),
+    #[error("the names of sites in {file} cannot be read: {source}")]
+    Names { file: PathBuf, source: std::io::Error },
+    #[error("{file} holds something that is no name of a site: {reason}")]
+    Name { file: PathBuf, reason: String },
+    #[error("{failed} of {asked} tokens could not be made; those that were printed are good")]
+    SomeTokens { failed: usize, asked: usize },
 }
 
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Server(ServerError::Config(_)) => 2,
+            Self::Config(_)
+            | Self::Server(ServerError::Config(_))
+            | Self::Names { .. }
+            | Self::Name { .. } => 2,
             Self::NoToken(_)
             | Self::Token(TokenError::NoSite(_) | TokenError::Unknown(_) | TokenError::OtherSite(_)) => 3,
             _ => 1,
@@ -73,19 +85,19 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
 async fn token(config: &Config, action: TokenAction) -> Result<(), Failure> {
     let client = server::client(config.kubeconfig.as_deref(), None).await?;
     match action {
-        TokenAction::Create { site, ttl } => {
+        TokenAction::Create { sites, file, ttl } => {
             let authority =
                 Authority::load_or_create(&client, &config.namespace, &config.trust_domain).await?;
-            let token = tokens::create(
-                &client,
-                &config.namespace,
-                &authority,
-                &site,
-                ttl,
-                Timestamp::now(),
-            )
-            .await?;
-            println!("{token}");
+            let maker = tokens::Maker {
+                client,
+                namespace: config.namespace.clone(),
+                authority,
+                life: ttl,
+            };
+            match (&sites[..], file) {
+                ([site], None) => println!("{}", maker.make(site, Timestamp::now()).await?),
+                (_, file) => many_tokens(&maker, sites, file.as_deref()).await?,
+            }
         }
         TokenAction::List => {
             println!("{:<14} {:<24} EXPIRES", "ID", "SITE");
@@ -101,6 +113,46 @@ async fn token(config: &Config, action: TokenAction) -> Result<(), Failure> {
                 return Err(Failure::NoToken(id));
             }
         }
+    }
+    Ok(())
+}
+
+/// Prints a line with name and token for each site. What is wrong with one is said, and the others are done.
+async fn many_tokens(
+    maker: &tokens::Maker,
+    mut sites: Vec<SiteName>,
+    file: Option<&Path>,
+) -> Result<(), Failure> {
+    if let Some(file) = file {
+        let source = |source| Failure::Names {
+            file: file.to_owned(),
+            source,
+        };
+        let text = match file.to_str() {
+            Some("-") => std::io::read_to_string(std::io::stdin()).map_err(source)?,
+            _ => std::fs::read_to_string(file).map_err(source)?,
+        };
+        for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            sites.push(line.parse().map_err(|e| Failure::Name {
+                file: file.to_owned(),
+                reason: format!("{line:?}: {e}"),
+            })?);
+        }
+    }
+    let asked = sites.len();
+    let mut failed = 0;
+    let mut made = std::pin::pin!(maker.make_all(sites));
+    while let Some((site, token)) = made.next().await {
+        match token {
+            Ok(token) => println!("{site} {token}"),
+            Err(error) => {
+                failed += 1;
+                eprintln!("skerry-provider: {site}: {error}");
+            }
+        }
+    }
+    if failed > 0 {
+        return Err(Failure::SomeTokens { failed, asked });
     }
     Ok(())
 }

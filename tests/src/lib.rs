@@ -10,6 +10,7 @@
 pub mod churn;
 pub mod cluster;
 pub mod containerd;
+pub mod fleet;
 pub mod kubectl;
 pub mod metrics_server;
 pub mod modbus;

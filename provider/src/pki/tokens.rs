@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use futures::stream::{self, Stream, StreamExt};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Secret;
 use kube::Client;
@@ -66,31 +67,57 @@ pub struct TokenInfo {
     pub expires: Option<Timestamp>,
 }
 
-/// Makes a token for a declared site, valid for `life`.
-pub async fn create(
-    client: &Client,
-    namespace: &str,
-    authority: &Authority,
-    site: &SiteName,
-    life: Duration,
-    now: Timestamp,
-) -> Result<JoinToken, TokenError> {
-    let Some(uid) = sites::uid(client, site).await? else {
-        return Err(TokenError::NoSite(site.clone()));
-    };
-    let token = JoinToken {
-        site: site.clone(),
-        id: hex(&rand::random::<[u8; 6]>()),
-        secret: hex(&rand::random::<[u8; 16]>()),
-        pin: authority.pin().to_owned(),
-    };
-    let life = SignedDuration::try_from(life).unwrap_or(SignedDuration::MAX);
-    let expires = now.saturating_add(life).unwrap_or(Timestamp::MAX);
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-    secrets
-        .create(&PostParams::default(), &record(namespace, &token, &uid, expires))
-        .await?;
-    Ok(token)
+/// Tokens under way at one time, of many.
+const AT_ONCE: usize = 16;
+
+/// Makes tokens.
+pub struct Maker {
+    /// The Kubernetes API.
+    pub client: Client,
+    /// Where tokens are kept.
+    pub namespace: String,
+    /// Whose public key the sites shall expect.
+    pub authority: Authority,
+    /// How long a token may be used.
+    pub life: Duration,
+}
+
+impl Maker {
+    /// Makes a token for a declared site.
+    pub async fn make(&self, site: &SiteName, now: Timestamp) -> Result<JoinToken, TokenError> {
+        let Some(uid) = sites::uid(&self.client, site).await? else {
+            return Err(TokenError::NoSite(site.clone()));
+        };
+        let token = JoinToken {
+            site: site.clone(),
+            id: hex(&rand::random::<[u8; 6]>()),
+            secret: hex(&rand::random::<[u8; 16]>()),
+            pin: self.authority.pin().to_owned(),
+        };
+        let life = SignedDuration::try_from(self.life).unwrap_or(SignedDuration::MAX);
+        let expires = now.saturating_add(life).unwrap_or(Timestamp::MAX);
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        secrets
+            .create(
+                &PostParams::default(),
+                &record(&self.namespace, &token, &uid, expires),
+            )
+            .await?;
+        Ok(token)
+    }
+
+    /// Makes a token for each site, several at a time; they come in the order of the sites.
+    pub fn make_all(
+        &self,
+        sites: Vec<SiteName>,
+    ) -> impl Stream<Item = (SiteName, Result<JoinToken, TokenError>)> {
+        stream::iter(sites)
+            .map(move |site| async move {
+                let token = self.make(&site, Timestamp::now()).await;
+                (site, token)
+            })
+            .buffered(AT_ONCE)
+    }
 }
 
 fn record(namespace: &str, token: &JoinToken, uid: &Uid, expires: Timestamp) -> Secret {
