@@ -14,8 +14,9 @@ use skerry_proto::digest::{Buckets, Chosen, Entry, Group, Sum, buckets_for};
 use skerry_proto::link::{Applied, InventoryDigest, InventoryEntry, InventoryRequest};
 use skerry_proto::object::{ContentHash, ObjectKey};
 
+use super::objects::{decode_object, kind_byte};
 use super::writer::Write;
-use super::{META, OBJECTS, Store, StoreError, Written, decode_object, kind_byte};
+use super::{META, OBJECTS, Store, StoreError, Written};
 
 /// See the module's documentation.
 pub(super) const HELD: TableDefinition<'_, (u8, &str), &[u8]> = TableDefinition::new("held");
@@ -114,7 +115,10 @@ impl<'t> Held<'t> {
 }
 
 /// Makes the index anew from the objects: for a store that was written by a release without it.
-pub(super) fn rebuild(transaction: &WriteTransaction) -> Result<(), StoreError> {
+pub(super) fn rebuild(
+    transaction: &WriteTransaction,
+    meta: &mut Table<'_, &'static str, &'static [u8]>,
+) -> Result<(), StoreError> {
     transaction.delete_table(HELD)?;
     let mut held = Held {
         table: transaction.open_table(HELD)?,
@@ -136,7 +140,8 @@ pub(super) fn rebuild(transaction: &WriteTransaction) -> Result<(), StoreError> 
         };
         held.put(kind, uid, entry)?;
     }
-    held.save(transaction)
+    meta.insert(DIGEST, held.totals.to_bytes().as_slice())?;
+    Ok(())
 }
 
 /// Notes that a stored object cannot be read: the digest differs from then on, and the provider sends it again.
@@ -156,8 +161,8 @@ pub(super) fn distrust(transaction: &WriteTransaction, key: &ObjectKey) -> Resul
 impl Store {
     /// What the store holds, in short.
     pub fn inventory_digest(&self) -> Result<InventoryDigest, StoreError> {
-        let transaction = self.begin_read()?;
-        let totals = totals(&transaction)?;
+        self.file().read(|transaction| {
+        let totals = totals(transaction)?;
         let mut objects = Buckets::new(buckets_for(totals.objects.1));
         let mut tokens = Buckets::new(buckets_for(totals.tokens.1));
         for entry in transaction.open_table(HELD)?.iter()? {
@@ -172,6 +177,7 @@ impl Store {
         Ok(InventoryDigest {
             objects: Some(objects.message()),
             tokens: Some(tokens.message()),
+        })
         })
     }
 
@@ -191,7 +197,7 @@ impl Store {
     }
 
     fn inventory_where(&self, wanted: impl Fn(i32, &str) -> bool) -> Result<Vec<InventoryEntry>, StoreError> {
-        let transaction = self.begin_read()?;
+        self.file().read(|transaction| {
         let mut entries = Vec::new();
         for entry in transaction.open_table(HELD)?.iter()? {
             let (key, value) = entry?;
@@ -213,11 +219,12 @@ impl Store {
             });
         }
         Ok(entries)
+        })
     }
 
     /// The acknowledgement of all changes up to `seq`, which must be committed, with the digest of the store.
     pub fn applied(&self, seq: u64) -> Result<Applied, StoreError> {
-        let totals = totals(&self.begin_read()?)?;
+        let totals = self.file().read(totals)?;
         let bytes = |sum: Sum| bytes::Bytes::copy_from_slice(&sum.to_bytes());
         Ok(Applied {
             seq,

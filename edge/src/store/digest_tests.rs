@@ -137,12 +137,12 @@ fn an_object_that_cannot_be_read_moves_the_digest_and_is_told_without_a_hash() {
     let store = Store::open(dir.path()).unwrap();
     write(&store, Write::Apply(vec![upsert(Kind::Pod, "u", 1)]));
     let before = store.applied(1).unwrap();
-    let transaction = store.inner.shared.file.begin_write().unwrap();
-    {
-        let mut objects = transaction.open_table(OBJECTS).unwrap();
-        objects.insert((1, "u"), b"\xff".as_slice()).unwrap();
-    }
-    transaction.commit().unwrap();
+    let broken = store.file().write(|transaction| {
+        let mut objects = transaction.open_table(OBJECTS)?;
+        objects.insert((1, "u"), b"\xff".as_slice())?;
+        Ok(())
+    });
+    broken.unwrap();
     assert_eq!(store.applied(1).unwrap(), before);
     assert!(store.list(Kind::Pod).unwrap().is_empty());
     // What the reader has queued is on disk before what follows.
@@ -210,11 +210,13 @@ fn a_removed_pod_is_remembered_for_ever_and_other_kinds_are_not() {
 fn the_oldest_tombstone_goes_first() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let transaction = store.inner.shared.file.begin_write().unwrap();
-    for uid in ["a", "b", "a", "c"] {
-        ended::bury(&transaction, uid, 2).unwrap();
-    }
-    transaction.commit().unwrap();
+    let buried = store.file().write(|transaction| {
+        for uid in ["a", "b", "a", "c"] {
+            ended::bury(transaction, uid, 2)?;
+        }
+        Ok(())
+    });
+    buried.unwrap();
     let ended = |uid: &str| store.has_ended(&Uid::from(uid)).unwrap();
     assert_eq!([ended("a"), ended("b"), ended("c")], [true, false, true]);
 }

@@ -43,7 +43,7 @@ pub(super) fn bury(transaction: &WriteTransaction, uid: &str, most: u64) -> Resu
 impl Store {
     /// Whether the pod's removal was ordered before, so that it must not start again.
     pub fn has_ended(&self, uid: &Uid) -> Result<bool, StoreError> {
-        let transaction = self.begin_read()?;
-        Ok(transaction.open_table(ENDED)?.get(uid.as_str())?.is_some())
+        self.file()
+            .read(|transaction| Ok(transaction.open_table(ENDED)?.get(uid.as_str())?.is_some()))
     }
 }

@@ -1,95 +1,198 @@
-//! The open database, and opening it again after an I/O error.
+//! The open database, and opening it again after a failure.
 //!
 //! After the first failed read or write redb refuses everything ([`redb::StorageError::PreviousIo`]), because it no
-//! longer knows what the disk holds. A full disk would so end the store for good. Instead the next write closes the
-//! database and opens it anew, which finds the last committed state; while the disk stays full, that is tried again
+//! longer knows what the disk holds. A full disk would so end the store for good. Instead the next transaction closes
+//! the database and opens it anew, which finds the last committed state; while the disk stays full, that is tried again
 //! with every transaction.
+//!
+//! A page that went bad while the file is open makes redb fail or panic. Both are caught here, the transaction fails,
+//! and the next one opens the file again, which checks all of it. A file that then proves to be damaged is not looked
+//! at again before the daemon's restart.
 
-use std::path::{Path, PathBuf};
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{Database, ReadTransaction, ReadableDatabase, StorageError, TransactionError, WriteTransaction};
 
+use super::medium::{Place, Traffic};
 use super::{OpenError, StoreError, schema};
 
 /// One database file. Transactions are begun here and nowhere else.
 pub(super) struct File {
-    path: PathBuf,
+    place: Box<dyn Place>,
     cache_bytes: usize,
-    /// `None` after a failed attempt to open it again. Never held while a transaction waits.
-    database: Mutex<Option<Arc<Database>>>,
+    traffic: Arc<Traffic>,
+    /// Never held while a transaction waits.
+    state: Mutex<State>,
+}
+
+enum State {
+    Open(Arc<Open>),
+    /// It failed; the next transaction opens it again.
+    Failed,
+    /// It cannot be used any more.
+    Damaged(String),
+}
+
+/// A database whose end cannot take the thread with it, whatever state the file is in.
+pub(super) struct Open(Option<Database>);
+
+impl Open {
+    pub(super) fn new(database: Database) -> Self {
+        Self(Some(database))
+    }
+}
+
+impl Deref for Open {
+    type Target = Database;
+
+    #[allow(clippy::expect_used)]
+    fn deref(&self) -> &Database {
+        // Taken by `drop` only.
+        self.0.as_ref().expect("the database is open")
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let database = self.0.take();
+        if catch_unwind(AssertUnwindSafe(|| drop(database))).is_err() {
+            tracing::error!(
+                "the store could not be closed in good order; it is checked when it is opened next"
+            );
+        }
+    }
 }
 
 impl File {
     /// Opens or creates the file; answers the store's id with it.
-    pub(super) fn open(path: PathBuf, cache_bytes: usize) -> Result<(Self, String), OpenError> {
-        let (database, id) = schema::open(&path, cache_bytes)?;
-        let database = Mutex::new(Some(Arc::new(database)));
+    pub(super) fn open(place: Box<dyn Place>, cache_bytes: usize) -> Result<(Self, String), OpenError> {
+        let traffic = Arc::<Traffic>::default();
+        let (database, id) = schema::open(&*place, cache_bytes, &traffic)?;
         Ok((
             Self {
-                path,
+                place,
                 cache_bytes,
-                database,
+                traffic,
+                state: Mutex::new(State::Open(Arc::new(database))),
             },
             id,
         ))
     }
 
+    pub(super) fn len(&self) -> u64 {
+        self.place.len()
+    }
+
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        self.place.path()
     }
 
-    pub(super) fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
-        let database = self.database()?;
-        match database.begin_read() {
-            Err(TransactionError::Storage(StorageError::PreviousIo)) => {
-                Ok(self.again(database)?.begin_read()?)
+    pub(super) fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
+    /// Reads from a consistent snapshot.
+    pub(super) fn read<T>(
+        &self,
+        what: impl FnOnce(&ReadTransaction) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.attempt(|database| database.begin_read(), |transaction| what(&transaction))
+    }
+
+    /// Writes in one transaction; all of it is on disk when this returns, or nothing.
+    pub(super) fn write<T>(
+        &self,
+        what: impl FnOnce(&WriteTransaction) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.attempt(
+            |database| database.begin_write(),
+            |transaction| {
+                let done = what(&transaction)?;
+                transaction.commit()?;
+                Ok(done)
+            },
+        )
+    }
+
+    fn attempt<X, T>(
+        &self,
+        begin: impl Fn(&Database) -> Result<X, TransactionError>,
+        what: impl FnOnce(X) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        // It must outlive its transactions.
+        let mut database = self.database()?;
+        let attempt = catch_unwind(AssertUnwindSafe(|| match begin(&database) {
+            Err(TransactionError::Storage(StorageError::PreviousIo)) => None,
+            Err(error) => Some(Err(StoreError::from(error))),
+            Ok(transaction) => Some(Ok(transaction)),
+        }));
+        let transaction = match attempt {
+            Ok(Some(begun)) => begun?,
+            Ok(None) => {
+                self.close(&database);
+                // The file's lock goes with the last user of the old one; until then opening fails and is tried again.
+                drop(database);
+                database = self.database()?;
+                begin(&database)?
             }
-            other => Ok(other?),
+            Err(_) => return Err(self.broken(&database, "its structure is broken")),
+        };
+        match catch_unwind(AssertUnwindSafe(|| what(transaction))) {
+            Ok(Err(StoreError::Database(redb::Error::Corrupted(reason)))) => {
+                Err(self.broken(&database, &reason))
+            }
+            Ok(result) => {
+                // redb shows the failure again at other calls than the first one of a transaction.
+                if result.as_ref().is_err_and(StoreError::is_io) {
+                    self.close(&database);
+                }
+                result
+            }
+            Err(_) => Err(self.broken(&database, "its structure is broken")),
         }
     }
 
-    pub(super) fn begin_write(&self) -> Result<WriteTransaction, StoreError> {
-        let database = self.database()?;
-        match database.begin_write() {
-            Err(TransactionError::Storage(StorageError::PreviousIo)) => {
-                Ok(self.again(database)?.begin_write()?)
-            }
-            other => Ok(other?),
-        }
+    fn broken(&self, database: &Arc<Open>, reason: &str) -> StoreError {
+        self.close(database);
+        StoreError::Broken(reason.to_owned())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<Database>>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // The value is replaced as a whole, so a panic elsewhere leaves it valid.
-        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn database(&self) -> Result<Arc<Database>, StoreError> {
-        let mut current = self.lock();
-        match &*current {
-            Some(database) => Ok(Arc::clone(database)),
-            None => self.reopen(&mut current),
+    /// Lets go of a database that has failed, unless another has done so.
+    fn close(&self, failed: &Arc<Open>) {
+        let mut state = self.lock();
+        if matches!(&*state, State::Open(current) if Arc::ptr_eq(current, failed)) {
+            *state = State::Failed;
         }
     }
 
-    /// The database in place of one that has failed.
-    fn again(&self, failed: Arc<Database>) -> Result<Arc<Database>, StoreError> {
-        let mut current = self.lock();
-        if let Some(database) = &*current
-            && !Arc::ptr_eq(database, &failed)
-        {
-            return Ok(Arc::clone(database));
+    fn database(&self) -> Result<Arc<Open>, StoreError> {
+        let mut state = self.lock();
+        match &*state {
+            State::Open(database) => return Ok(Arc::clone(database)),
+            State::Damaged(reason) => return Err(StoreError::Broken(reason.clone())),
+            State::Failed => {}
         }
-        // The file's lock goes with the last user of the old one; until then opening fails and is tried again.
-        *current = None;
-        drop(failed);
-        self.reopen(&mut current)
-    }
-
-    fn reopen(&self, current: &mut Option<Arc<Database>>) -> Result<Arc<Database>, StoreError> {
-        let (database, _) = schema::open(&self.path, self.cache_bytes)
-            .map_err(|error| StoreError::Reopen(Box::new(error)))?;
-        tracing::info!(path = %self.path.display(), "the store was opened again after an I/O error");
-        Ok(Arc::clone(current.insert(Arc::new(database))))
+        match schema::open(&*self.place, self.cache_bytes, &self.traffic) {
+            Ok((database, _)) => {
+                tracing::info!(path = %self.path().display(), "the store was opened again after an error");
+                let database = Arc::new(database);
+                *state = State::Open(Arc::clone(&database));
+                Ok(database)
+            }
+            Err(error @ OpenError::Damaged { .. }) => {
+                tracing::error!(%error, "the store has become unusable; running pods are not touched");
+                *state = State::Damaged(error.to_string());
+                Err(StoreError::Reopen(Box::new(error)))
+            }
+            Err(error) => Err(StoreError::Reopen(Box::new(error))),
+        }
     }
 }

@@ -30,19 +30,30 @@
 //! old cannot delete the new.
 //!
 //! **Recovery.** redb recovers by itself after a crash; after an I/O error, such as a full disk, [`file`] opens it
-//! again. A file that it cannot read is never overwritten: [`Store::open`] fails and says what to do. `meta.schema` is checked before anything else; a newer schema is
-//! refused, older ones are migrated step by step in [`schema`].
+//! again. Every opening checks every page. A file that is damaged is never overwritten, not in one byte ([`medium`]):
+//! [`Store::open`] fails and says what to do. A new file is complete before it gets its name. `meta.schema` is checked
+//! before anything else; a newer schema is refused, older ones are migrated step by step in [`schema`].
 //!
-//! **Invariants** (tested against a simple model in `tests.rs`): `names` points only to stored objects; every
-//! `outbox_keys` entry points to a stored report that carries that key; numbers ascend.
+//! **Invariants** (tested against a simple model, `model.rs`, also after a power cut at every single operation of the
+//! disk, in `powercut_tests.rs`): `names` points only to stored objects; every `outbox_keys` entry points to a stored
+//! report that carries that key; numbers ascend.
 
 mod digest;
 #[cfg(test)]
 mod digest_tests;
 mod ended;
 mod file;
+mod medium;
+#[cfg(test)]
+mod model;
+mod objects;
 mod outbox;
+#[cfg(test)]
+mod powercut_tests;
 mod schema;
+#[cfg(test)]
+mod simulated;
+mod state;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -51,15 +62,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use prost::Message;
-use redb::{ReadableTable, TableDefinition, WriteTransaction};
-use serde::Serialize;
+use redb::TableDefinition;
 use serde::de::DeserializeOwned;
-use skerry_proto::link::{self, Kind, Upsert, change};
+use skerry_proto::link::{Kind, Upsert, change};
 use skerry_proto::object::{ContentHash, ObjectKey, PackError, Uid, unpack};
 use tokio::sync::{broadcast, oneshot, watch};
 
 use file::File;
+use medium::{OnDisk, Place};
 use writer::{Done, Write, Writer};
 
 pub use ended::MAX_ENDED;
@@ -128,6 +138,12 @@ pub enum StoreError {
     /// It failed before and could not be opened again.
     #[error(transparent)]
     Reopen(Box<OpenError>),
+    /// A page of the file has gone bad. Restarting the daemon checks all of it.
+    #[error("the store is damaged: {0}")]
+    Broken(String),
+    /// Not tried, because the disk has just refused another write. Nothing was changed.
+    #[error("the store did not try a write, since the disk refused the one before it")]
+    NotTried,
     /// A stored value cannot be read.
     #[error("a stored {what} cannot be read: {reason}")]
     Value {
@@ -136,6 +152,16 @@ pub enum StoreError {
         /// Why.
         reason: String,
     },
+}
+
+impl StoreError {
+    /// The disk refused.
+    fn is_io(&self) -> bool {
+        matches!(
+            self,
+            Self::Database(redb::Error::Io(_) | redb::Error::PreviousIo) | Self::Reopen(_)
+        )
+    }
 }
 
 macro_rules! from_redb {
@@ -246,10 +272,7 @@ impl Written {
     pub async fn on_disk(self) -> Result<u64, StoreError> {
         match self.0.await {
             Ok(done) => Ok(done?.seq),
-            Err(_) => Err(StoreError::Value {
-                what: "transaction".to_owned(),
-                reason: "the thread that writes has ended".to_owned(),
-            }),
+            Err(_) => Err(writer::ended()),
         }
     }
 }
@@ -259,8 +282,12 @@ impl Store {
     ///
     /// Blocking. Never overwrites a file that it cannot read.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
-        let path = dir.join("store.redb");
-        let (file, id) = File::open(path.clone(), CACHE_BYTES)?;
+        Self::open_at(Box::new(OnDisk::new(dir.join("store.redb"))))
+    }
+
+    fn open_at(place: Box<dyn Place>) -> Result<Self, OpenError> {
+        let path = place.path().to_owned();
+        let (file, id) = File::open(place, CACHE_BYTES)?;
         let shared = Arc::new(Shared {
             file,
             changes: broadcast::Sender::new(CHANGE_NOTICES),
@@ -278,22 +305,7 @@ impl Store {
 
     /// Begins another life: answers how many daemons have been started on this store, this one included. Blocking.
     pub fn begin_life(&self) -> Result<u64, StoreError> {
-        let transaction = self.inner.shared.file.begin_write()?;
-        let life;
-        {
-            let mut meta = transaction.open_table(META)?;
-            let stored = meta
-                .get("incarnation")?
-                .and_then(|v| <[u8; 8]>::try_from(v.value()).ok());
-            life = stored.map_or(0, u64::from_le_bytes) + 1;
-            meta.insert("incarnation", life.to_le_bytes().as_slice())?;
-        }
-        transaction.commit()?;
-        Ok(life)
-    }
-
-    fn begin_read(&self) -> Result<redb::ReadTransaction, StoreError> {
-        self.inner.shared.file.begin_read()
+        self.inner.writer.carry_out(Write::BeginLife).map(|done| done.life)
     }
 
     /// Made once with the file: tells two stores with one identity apart.
@@ -303,7 +315,7 @@ impl Store {
 
     /// Bytes of the file on disk.
     pub fn size_bytes(&self) -> u64 {
-        std::fs::metadata(self.inner.shared.file.path()).map_or(0, |m| m.len())
+        self.file().len()
     }
 
     /// Notices of object changes from now on. A receiver that lags must read everything again.
@@ -319,263 +331,30 @@ impl Store {
         self.queue(Write::Apply(changes)).on_disk().await.map(drop)
     }
 
+    fn file(&self) -> &File {
+        &self.inner.shared.file
+    }
+
     fn queue(&self, write: Write) -> Written {
         Written(self.inner.writer.queue(write))
     }
 
-    /// The object with that kind and UID.
-    pub fn get(&self, key: &ObjectKey) -> Result<Option<StoredObject>, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let objects = transaction.open_table(OBJECTS)?;
-        objects
-            .get((kind_byte(key.kind), key.uid.as_str()))?
-            .map(|value| decode_object(value.value()))
-            .transpose()
+    /// Blocking.
+    fn write_and_wait(&self, write: Write) -> Result<(), StoreError> {
+        self.inner.writer.carry_out(write).map(drop)
     }
 
-    /// The object with that name; `namespace` is empty for cluster-scoped kinds.
-    pub fn find(&self, kind: Kind, namespace: &str, name: &str) -> Result<Option<StoredObject>, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let names = transaction.open_table(NAMES)?;
-        let Some(uid) = names.get((kind_byte(kind), namespace, name))? else {
-            return Ok(None);
-        };
-        let objects = transaction.open_table(OBJECTS)?;
-        objects
-            .get((kind_byte(kind), uid.value()))?
-            .map(|value| decode_object(value.value()))
-            .transpose()
-    }
-
-    /// All objects of a kind, ordered by UID. One that cannot be read is logged and left out.
-    pub fn list(&self, kind: Kind) -> Result<Vec<StoredObject>, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let objects = transaction.open_table(OBJECTS)?;
-        let byte = kind_byte(kind);
-        let mut found = Vec::new();
-        for entry in objects.range((byte, "")..(byte + 1, ""))? {
-            let (key, value) = entry?;
-            match decode_object(value.value()) {
-                Ok(object) => found.push(object),
-                Err(error) => {
-                    let uid = Uid::from(key.value().1);
-                    tracing::error!(%uid, %error, "a stored object is left out; the provider is asked for it again");
-                    drop(self.distrust(&ObjectKey { kind, uid }));
-                }
-            }
-        }
-        Ok(found)
-    }
-
-    /// How many objects of a kind are stored.
-    pub fn count(&self, kind: Kind) -> Result<usize, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let objects = transaction.open_table(OBJECTS)?;
-        let byte = kind_byte(kind);
-        let mut count = 0;
-        for entry in objects.range((byte, "")..(byte + 1, ""))? {
-            entry?;
-            count += 1;
-        }
-        Ok(count)
-    }
-
-    /// A room's own record.
-    pub fn state_get<T: DeserializeOwned>(&self, room: &str, key: &str) -> Result<Option<T>, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let table = transaction.open_table(STATE)?;
-        table
-            .get((room, key))?
-            .map(|value| decode_state(room, key, value.value()))
-            .transpose()
-    }
-
-    /// All records of a room, by key. One that cannot be read is logged and left out.
-    pub fn state_list<T: DeserializeOwned>(&self, room: &str) -> Result<Vec<(String, T)>, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let table = transaction.open_table(STATE)?;
-        let mut found = Vec::new();
-        for entry in table.range((room, "")..)? {
-            let (place, value) = entry?;
-            let (owner, key) = place.value();
-            if owner != room {
-                break;
-            }
-            match decode_state(room, key, value.value()) {
-                Ok(record) => found.push((key.to_owned(), record)),
-                Err(error) => tracing::error!(room, key, %error, "a stored record is left out"),
-            }
-        }
-        Ok(found)
-    }
-
-    /// Queues a room's record, after everything that was queued before; for many small writes in a row. Fails when the
-    /// record cannot be put into words. A room uses either this for a record, or [`Store::state_put`].
-    pub fn queue_state<T: Serialize>(
-        &self,
-        room: &'static str,
-        key: &str,
-        record: &T,
-    ) -> Result<Written, StoreError> {
-        let json = state_json(room, key, record)?;
-        let key = key.to_owned();
-        Ok(self.queue(Write::Put { room, key, json }))
-    }
-
-    /// Queues the end of a room's record; one that is not there is fine.
-    pub fn queue_state_end(&self, room: &'static str, key: &str) -> Written {
-        let key = key.to_owned();
-        self.queue(Write::Delete { room, key })
-    }
-
-    /// Writes a room's record; on disk when this returns. Blocking.
-    pub fn state_put<T: Serialize>(&self, room: &str, key: &str, record: &T) -> Result<(), StoreError> {
-        let json = state_json(room, key, record)?;
-        let transaction = self.inner.shared.file.begin_write()?;
-        transaction
-            .open_table(STATE)?
-            .insert((room, key), json.as_slice())?;
-        Ok(transaction.commit()?)
-    }
-
-    /// Removes a room's record; one that is not there is fine. Blocking.
-    pub fn state_delete(&self, room: &str, key: &str) -> Result<(), StoreError> {
-        let transaction = self.inner.shared.file.begin_write()?;
-        transaction.open_table(STATE)?.remove((room, key))?;
-        Ok(transaction.commit()?)
+    /// Bytes written to the disk and syncs asked of it since the daemon started.
+    pub fn traffic(&self) -> (u64, u64) {
+        let traffic = self.file().traffic();
+        (
+            traffic.bytes.load(Ordering::Relaxed),
+            traffic.syncs.load(Ordering::Relaxed),
+        )
     }
 
     /// Reports that were dropped for want of room since the daemon started.
     pub fn dropped_reports(&self) -> u64 {
         self.inner.shared.dropped.load(Ordering::Relaxed)
     }
-}
-
-fn state_json<T: Serialize>(room: &str, key: &str, record: &T) -> Result<Vec<u8>, StoreError> {
-    serde_json::to_vec(record).map_err(|e| StoreError::Value {
-        what: format!("{room} record {key}"),
-        reason: e.to_string(),
-    })
-}
-
-/// Carries out the provider's changes; answers what to tell the rooms once they are on disk.
-fn apply(
-    transaction: &WriteTransaction,
-    changes: &[change::Change],
-) -> Result<Vec<ObjectChanged>, StoreError> {
-    let mut notices = Vec::with_capacity(changes.len());
-    let mut objects = transaction.open_table(OBJECTS)?;
-    let mut names = transaction.open_table(NAMES)?;
-    let mut held = digest::Held::open(transaction)?;
-    for change in changes {
-        let notice = match change {
-            change::Change::Upsert(upsert) => {
-                upsert_object(&mut objects, &mut names, &mut held, upsert.clone())?
-            }
-            change::Change::Remove(remove) => {
-                let notice = remove_object(&mut objects, &mut names, &mut held, remove)?;
-                if notice.is_some() && remove.kind() == Kind::Pod {
-                    ended::bury(transaction, &remove.uid, MAX_ENDED)?;
-                }
-                notice
-            }
-        };
-        notices.extend(notice);
-    }
-    held.save(transaction)?;
-    Ok(notices)
-}
-
-type ObjectTable<'t> = redb::Table<'t, (u8, &'static str), &'static [u8]>;
-type NameTable<'t> = redb::Table<'t, (u8, &'static str, &'static str), &'static str>;
-
-fn upsert_object(
-    objects: &mut ObjectTable<'_>,
-    names: &mut NameTable<'_>,
-    held: &mut digest::Held<'_>,
-    upsert: Upsert,
-) -> Result<Option<ObjectChanged>, StoreError> {
-    let encoded = upsert.encode_to_vec();
-    let object = match StoredObject::try_from(upsert) {
-        Ok(object) => object,
-        Err(error) => {
-            tracing::error!(%error, "an object from the provider is not stored");
-            return Ok(None);
-        }
-    };
-    let byte = kind_byte(object.key.kind);
-    objects.insert((byte, object.key.uid.as_str()), encoded.as_slice())?;
-    let entry = skerry_proto::digest::Entry {
-        hash: object.hash,
-        expires_unix: object.expires_unix,
-    };
-    held.put(byte, object.key.uid.as_str(), entry)?;
-    names.insert(
-        (byte, object.namespace.as_str(), object.name.as_str()),
-        object.key.uid.as_str(),
-    )?;
-    Ok(Some(ObjectChanged {
-        key: object.key,
-        namespace: object.namespace,
-        name: object.name,
-        removed: false,
-    }))
-}
-
-fn remove_object(
-    objects: &mut ObjectTable<'_>,
-    names: &mut NameTable<'_>,
-    held: &mut digest::Held<'_>,
-    remove: &link::Remove,
-) -> Result<Option<ObjectChanged>, StoreError> {
-    let kind = remove.kind();
-    let byte = kind_byte(kind);
-    held.remove(byte, &remove.uid)?;
-    let Some(encoded) = objects
-        .remove((byte, remove.uid.as_str()))?
-        .map(|value| value.value().to_vec())
-    else {
-        return Ok(None);
-    };
-    let (namespace, name) = match Upsert::decode(encoded.as_slice()) {
-        Ok(object) => (object.namespace, object.name),
-        Err(_) => (String::new(), String::new()),
-    };
-    // The name may already belong to a successor with another UID.
-    let place = (byte, namespace.as_str(), name.as_str());
-    let owned = names.get(place)?.is_some_and(|uid| uid.value() == remove.uid);
-    if owned {
-        names.remove(place)?;
-    }
-    Ok(Some(ObjectChanged {
-        key: ObjectKey {
-            kind,
-            uid: Uid::from(remove.uid.as_str()),
-        },
-        namespace,
-        name,
-        removed: true,
-    }))
-}
-
-fn decode_object(encoded: &[u8]) -> Result<StoredObject, StoreError> {
-    Upsert::decode(encoded)
-        .map_err(|e| StoreError::Value {
-            what: "object".to_owned(),
-            reason: e.to_string(),
-        })?
-        .try_into()
-}
-
-fn decode_state<T: DeserializeOwned>(room: &str, key: &str, json: &[u8]) -> Result<T, StoreError> {
-    serde_json::from_slice(json).map_err(|e| StoreError::Value {
-        what: format!("{room} record {key}"),
-        reason: e.to_string(),
-    })
-}
-
-/// The kind's number in keys; the proto file promises that numbers are never reused.
-fn kind_byte(kind: Kind) -> u8 {
-    // Kinds are few and numbered from 0; the enum has no value beyond 255.
-    u8::try_from(i32::from(kind)).unwrap_or(0)
 }

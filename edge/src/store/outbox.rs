@@ -40,20 +40,21 @@ impl Store {
 
     /// Up to `limit` waiting reports with numbers above `after`, oldest first.
     pub fn waiting_reports(&self, after: u64, limit: usize) -> Result<Vec<Report>, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        let outbox = transaction.open_table(OUTBOX)?;
-        let mut found = Vec::new();
-        for entry in outbox.range(after + 1..)?.take(limit) {
-            let (seq, value) = entry?;
-            match Envelope::decode(value.value()).map(|e| e.report) {
-                Ok(Some(report)) => found.push(report),
-                _ => tracing::error!(
-                    seq = seq.value(),
-                    "a stored report cannot be read and is left out"
-                ),
+        self.file().read(|transaction| {
+            let outbox = transaction.open_table(OUTBOX)?;
+            let mut found = Vec::new();
+            for entry in outbox.range(after + 1..)?.take(limit) {
+                let (seq, value) = entry?;
+                match Envelope::decode(value.value()).map(|e| e.report) {
+                    Ok(Some(report)) => found.push(report),
+                    _ => tracing::error!(
+                        seq = seq.value(),
+                        "a stored report cannot be read and is left out"
+                    ),
+                }
             }
-        }
-        Ok(found)
+            Ok(found)
+        })
     }
 
     /// Forgets reports that the provider has settled. Numbers that are gone are fine.
@@ -63,8 +64,8 @@ impl Store {
 
     /// How many reports wait.
     pub fn outbox_len(&self) -> Result<u64, StoreError> {
-        let transaction = self.inner.shared.file.begin_read()?;
-        Ok(transaction.open_table(OUTBOX)?.len()?)
+        self.file()
+            .read(|transaction| Ok(transaction.open_table(OUTBOX)?.len()?))
     }
 
     /// Moves to the newest number whenever a report is queued.

@@ -1,9 +1,17 @@
-//! Opening the file: version check, migrations, damage.
+//! Opening the file: integrity, version check, migrations.
+//!
+//! Every page is checked against its checksum each time (redb does the same after a crash anyway): a store on a cheap
+//! flash card is told to be damaged before anything is done by what it says, not when a pod happens to need a page.
 
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 
-use redb::{Builder, Database, DatabaseError, ReadableTable, StorageError};
+use redb::{Builder, Database, DatabaseError, ReadableTable, StorageBackend, StorageError};
 
+use super::file::Open;
+use super::medium::{Medium, Place, Traffic};
 use super::ended::{ENDED, ORDER};
 use super::outbox::{EVENTS, KEYS, OUTBOX};
 use super::{META, NAMES, OBJECTS, OpenError, STATE, StoreError, digest};
@@ -11,78 +19,109 @@ use super::{META, NAMES, OBJECTS, OpenError, STATE, StoreError, digest};
 /// The schema that this build writes.
 const SCHEMA: u32 = 2;
 
-pub(super) fn open(path: &Path, cache_bytes: usize) -> Result<(Database, String), OpenError> {
+/// Opens what is in that place, or a new store if there is nothing. One that is refused is not changed in any byte.
+pub(super) fn open(
+    place: &dyn Place,
+    cache_bytes: usize,
+    traffic: &Arc<Traffic>,
+) -> Result<(Open, String), OpenError> {
+    let path = place.path();
+    let failed = |error: io::Error| io_error(path, &error);
     if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir).map_err(|e| io(path, &e))?;
+        std::fs::create_dir_all(dir).map_err(failed)?;
     }
+    let backend = match place.open().map_err(failed)? {
+        Some(backend) => backend,
+        None => {
+            create(place, cache_bytes, traffic)?;
+            let gone = || io::Error::new(io::ErrorKind::NotFound, "the new file has vanished");
+            place
+                .open()
+                .and_then(|made| made.ok_or_else(gone))
+                .map_err(failed)?
+        }
+    };
     // redb takes an empty file for a new one; ours is never empty, so an empty one was truncated.
-    if std::fs::metadata(path).is_ok_and(|m| m.len() == 0) {
-        return Err(OpenError::Damaged {
-            path: path.to_owned(),
-            reason: "the file is empty".to_owned(),
-        });
+    if backend.len().map_err(failed)? == 0 {
+        return Err(damaged(path, "the file is empty"));
     }
-    let database = create(path, cache_bytes)?;
-    let id = prepare(&database, path)?;
+    open_backend(backend, path, cache_bytes, traffic)
+}
+
+/// Makes a new store, complete before it gets its name: a power cut leaves a whole one or none.
+fn create(place: &dyn Place, cache_bytes: usize, traffic: &Arc<Traffic>) -> Result<(), OpenError> {
+    let path = place.path();
+    let mut refused = None;
+    let made = place.create(
+        &mut |backend| match open_backend(backend, path, cache_bytes, traffic) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let words = error.to_string();
+                refused = Some(error);
+                Err(io::Error::other(words))
+            }
+        },
+    );
+    match (made, refused) {
+        (Ok(()), _) => Ok(()),
+        (Err(_), Some(error)) => Err(error),
+        (Err(error), None) => Err(io_error(path, &error)),
+    }
+}
+
+fn open_backend(
+    backend: Box<dyn StorageBackend>,
+    path: &Path,
+    cache_bytes: usize,
+    traffic: &Arc<Traffic>,
+) -> Result<(Open, String), OpenError> {
+    let medium = Medium::hold(backend, Arc::clone(traffic));
+    // redb asserts some properties of the file by panicking; a panic here means damage as much as an error does.
+    let attempt = catch_unwind(AssertUnwindSafe(|| {
+        let database = Builder::new()
+            .set_cache_size(cache_bytes)
+            .set_check_integrity_on_open(true)
+            .create_with_backend(medium.handle())
+            .map_err(|error| refusal(path, error))?;
+        let database = Open::new(database);
+        match tables(&database) {
+            Ok((SCHEMA, id)) => Ok((database, id)),
+            Ok((found, _)) => Err(OpenError::TooNew {
+                path: path.to_owned(),
+                found,
+                known: SCHEMA,
+            }),
+            Err(StoreError::Database(redb::Error::Io(error))) => Err(io_error(path, &error)),
+            Err(error) => Err(damaged(path, &error.to_string())),
+        }
+    }));
+    let (database, id) = attempt.unwrap_or_else(|_| Err(damaged(path, "its structure is broken")))?;
+    medium.release().map_err(|error| io_error(path, &error))?;
     Ok((database, id))
 }
 
-/// redb asserts some properties of the file by panicking; a panic here means damage as much as an error does.
-fn create(path: &Path, cache_bytes: usize) -> Result<Database, OpenError> {
-    let attempt = std::panic::catch_unwind(|| Builder::new().set_cache_size(cache_bytes).create(path));
-    match attempt {
-        Ok(Ok(database)) => Ok(database),
-        Ok(Err(DatabaseError::DatabaseAlreadyOpen)) => Err(OpenError::InUse {
+fn refusal(path: &Path, error: DatabaseError) -> OpenError {
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => OpenError::InUse {
             path: path.to_owned(),
-        }),
-        Ok(Err(DatabaseError::Storage(StorageError::Io(error))))
+        },
+        DatabaseError::Storage(StorageError::Io(error))
             if !matches!(
                 error.kind(),
-                std::io::ErrorKind::InvalidData
-                    | std::io::ErrorKind::UnexpectedEof
-                    | std::io::ErrorKind::InvalidInput
+                io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput
             ) =>
         {
-            Err(io(path, &error))
+            io_error(path, &error)
         }
-        Ok(Err(error)) => Err(OpenError::Damaged {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        }),
-        Err(_) => Err(OpenError::Damaged {
-            path: path.to_owned(),
-            reason: "its structure is broken".to_owned(),
-        }),
+        error => damaged(path, &error.to_string()),
     }
 }
 
 /// Checks the schema, makes the tables of a new file and answers the store's id.
-fn prepare(database: &Database, path: &Path) -> Result<String, OpenError> {
-    let attempt = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| tables(database)));
-    match attempt {
-        Ok(Ok((SCHEMA, id))) => Ok(id),
-        Ok(Ok((found, _))) => Err(OpenError::TooNew {
-            path: path.to_owned(),
-            found,
-            known: SCHEMA,
-        }),
-        Ok(Err(StoreError::Database(redb::Error::Io(error)))) => Err(io(path, &error)),
-        Ok(Err(error)) => Err(OpenError::Damaged {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        }),
-        Err(_) => Err(OpenError::Damaged {
-            path: path.to_owned(),
-            reason: "its structure is broken".to_owned(),
-        }),
-    }
-}
-
 fn tables(database: &Database) -> Result<(u32, String), StoreError> {
     let transaction = database.begin_write()?;
-    let found;
+    let mut found;
     let id;
-    let mut old = false;
     {
         let mut meta = transaction.open_table(META)?;
         let stored = meta.get("schema")?.map(|v| v.value().to_vec());
@@ -92,10 +131,7 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
                     what: "schema number".to_owned(),
                     reason: format!("{} bytes", bytes.len()),
                 })?;
-                let number = u32::from_le_bytes(number);
-                // 1 had no index of what is held.
-                old = number == 1;
-                found = if old { SCHEMA } else { number };
+                found = u32::from_le_bytes(number);
                 id = meta
                     .get("store_id")?
                     .map(|v| String::from_utf8_lossy(v.value()).into_owned());
@@ -108,8 +144,10 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
                 id = Some(fresh);
             }
         }
-        if old {
-            meta.insert("schema", SCHEMA.to_le_bytes().as_slice())?;
+        if found == 1 {
+            digest::rebuild(&transaction, &mut meta)?;
+            found = 2;
+            meta.insert("schema", found.to_le_bytes().as_slice())?;
         }
         if found == SCHEMA {
             transaction.open_table(OBJECTS)?;
@@ -123,9 +161,6 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
             transaction.open_table(ORDER)?;
         }
     }
-    if old {
-        digest::rebuild(&transaction)?;
-    }
     transaction.commit()?;
     let id = id.ok_or_else(|| StoreError::Value {
         what: "store id".to_owned(),
@@ -134,9 +169,16 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
     Ok((found, id))
 }
 
-fn io(path: &Path, error: &std::io::Error) -> OpenError {
+fn io_error(path: &Path, error: &io::Error) -> OpenError {
     OpenError::Io {
         path: path.to_owned(),
         reason: error.to_string(),
+    }
+}
+
+fn damaged(path: &Path, reason: &str) -> OpenError {
+    OpenError::Damaged {
+        path: path.to_owned(),
+        reason: reason.to_owned(),
     }
 }

@@ -6,18 +6,21 @@
 //! and never one whose answer has been given.
 //!
 //! A write that fails does not take others with it: when a shared transaction fails, each of its writes is tried in
-//! one of its own.
+//! one of its own, up to the first that the disk refuses.
 
+use std::borrow::Cow;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use redb::WriteTransaction;
+use redb::ReadableTable;
 use skerry_proto::link::change;
+use skerry_proto::object::ObjectKey;
 use skerry_proto::object::ObjectKey;
 use tokio::sync::oneshot;
 
-use super::{NewReport, ObjectChanged, STATE, Shared, StoreError, outbox};
+use super::{META, NewReport, ObjectChanged, STATE, Shared, StoreError, outbox};
 
 /// Most writes in one transaction.
 const BATCH: usize = 256;
@@ -28,18 +31,22 @@ pub(super) enum Write {
     Apply(Vec<change::Change>),
     /// An object that cannot be read.
     Distrust(ObjectKey),
+    /// Another daemon on this store.
+    BeginLife,
+    /// An object that cannot be read.
+    Distrust(ObjectKey),
     /// A report for the outbox.
     Report(Box<NewReport>),
     /// Reports that the provider has settled.
     Settle(Vec<u64>),
     /// A room's record.
     Put {
-        room: &'static str,
+        room: Cow<'static, str>,
         key: String,
         json: Vec<u8>,
     },
     /// The end of one.
-    Delete { room: &'static str, key: String },
+    Delete { room: Cow<'static, str>, key: String },
 }
 
 /// What a write has done, to be told once it is on disk.
@@ -48,6 +55,8 @@ pub(super) struct Done {
     pub(super) changed: Vec<ObjectChanged>,
     /// Number of a new report.
     pub(super) seq: u64,
+    /// Number of a new life.
+    pub(super) life: u64,
     /// Reports that had to go for it.
     pub(super) dropped: u64,
 }
@@ -56,26 +65,51 @@ impl Write {
     fn carry_out(&self, transaction: &WriteTransaction) -> Result<Done, StoreError> {
         match self {
             Write::Apply(changes) => Ok(Done {
-                changed: super::apply(transaction, changes)?,
+                changed: super::objects::apply(transaction, changes)?,
                 ..Done::default()
             }),
             Write::Distrust(key) => super::digest::distrust(transaction, key).map(|()| Done::default()),
+            Write::Distrust(key) => super::digest::distrust(transaction, key).map(|()| Done::default()),
+            Write::BeginLife => begin_life(transaction),
             Write::Report(report) => outbox::add(transaction, report),
             Write::Settle(seqs) => outbox::settle(transaction, seqs).map(|()| Done::default()),
             Write::Put { room, key, json } => {
                 let mut table = transaction.open_table(STATE)?;
-                table.insert((*room, key.as_str()), json.as_slice())?;
+                table.insert((&**room, key.as_str()), json.as_slice())?;
                 Ok(Done::default())
             }
             Write::Delete { room, key } => {
-                transaction.open_table(STATE)?.remove((*room, key.as_str()))?;
+                transaction.open_table(STATE)?.remove((&**room, key.as_str()))?;
                 Ok(Done::default())
             }
         }
     }
 }
 
-type Answer = oneshot::Sender<Result<Done, StoreError>>;
+/// Where the outcome of a write goes.
+enum Answer {
+    Task(oneshot::Sender<Result<Done, StoreError>>),
+    /// A thread that may stand still.
+    Thread(mpsc::SyncSender<Result<Done, StoreError>>),
+}
+
+impl Answer {
+    /// The outcome back when nobody waits for it.
+    fn give(self, done: Result<Done, StoreError>) -> Result<(), Result<Done, StoreError>> {
+        match self {
+            Self::Task(task) => task.send(done),
+            Self::Thread(thread) => thread.send(done).map_err(|back| back.0),
+        }
+    }
+}
+
+/// The answer that never comes.
+pub(super) fn ended() -> StoreError {
+    StoreError::Value {
+        what: "transaction".to_owned(),
+        reason: "the thread that writes has ended".to_owned(),
+    }
+}
 
 /// The queue's end. Dropping it waits until everything queued is on disk and the file is let go.
 pub(super) struct Writer {
@@ -101,9 +135,18 @@ impl Writer {
         let (answer, answered) = oneshot::channel();
         if let Some(queue) = &self.queue {
             // A closed queue drops the answer's sender, which the receiver takes for a failure.
-            let _ = queue.send((write, answer));
+            let _ = queue.send((write, Answer::Task(answer)));
         }
         answered
+    }
+
+    /// Queues a write and waits for it. Blocking.
+    pub(super) fn carry_out(&self, write: Write) -> Result<Done, StoreError> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        if let Some(queue) = &self.queue {
+            let _ = queue.send((write, Answer::Thread(answer)));
+        }
+        answered.recv().map_err(|_| ended())?
     }
 }
 
@@ -132,8 +175,15 @@ fn run(shared: &Shared, writes: &mpsc::Receiver<(Write, Answer)>) {
                 }
             }
             None => {
+                // A disk that is full fails them all, and each failure costs a look at the whole file.
+                let mut refused = false;
                 for (write, answer) in batch {
-                    let done = commit(shared, std::iter::once(&write));
+                    let done = if refused {
+                        Err(StoreError::NotTried)
+                    } else {
+                        commit(shared, std::iter::once(&write))
+                    };
+                    refused |= done.as_ref().is_err_and(StoreError::is_io);
                     tell(
                         shared,
                         answer,
@@ -145,14 +195,26 @@ fn run(shared: &Shared, writes: &mpsc::Receiver<(Write, Answer)>) {
     }
 }
 
+fn begin_life(transaction: &WriteTransaction) -> Result<Done, StoreError> {
+    let mut meta = transaction.open_table(META)?;
+    let stored = meta
+        .get("incarnation")?
+        .and_then(|v| <[u8; 8]>::try_from(v.value()).ok());
+    let life = stored.map_or(0, u64::from_le_bytes) + 1;
+    meta.insert("incarnation", life.to_le_bytes().as_slice())?;
+    Ok(Done {
+        life,
+        ..Done::default()
+    })
+}
+
 /// One transaction with these writes; what each has done.
 fn commit<'a>(shared: &Shared, writes: impl Iterator<Item = &'a Write>) -> Result<Vec<Done>, StoreError> {
-    let transaction = shared.file.begin_write()?;
-    let done = writes
-        .map(|write| write.carry_out(&transaction))
-        .collect::<Result<_, _>>()?;
-    transaction.commit()?;
-    Ok(done)
+    shared.file.write(|transaction| {
+        writes
+            .map(|write| write.carry_out(transaction))
+            .collect::<Result<_, _>>()
+    })
 }
 
 /// Tells the rooms, then who asked.
@@ -167,7 +229,7 @@ fn tell(shared: &Shared, answer: Answer, done: Result<Done, StoreError>) {
             shared.outbox_moved.send_replace(done.seq);
         }
     }
-    if let Err(Err(error)) = answer.send(done) {
+    if let Err(Err(error)) = answer.give(done) {
         tracing::error!(%error, "a write failed for which nobody waits");
     }
 }
