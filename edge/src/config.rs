@@ -1,6 +1,7 @@
 //! Settings of the edge daemon: flags over environment over file over defaults.
 
 mod duties;
+mod outbox;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -15,6 +16,7 @@ use crate::cgroup::Driver;
 use crate::node::{Reserved, Shares};
 
 pub use duties::{Duties, DutySettings};
+pub use outbox::OutboxSettings;
 pub use skerry_telemetry::config::ConfigError;
 
 /// Read when it exists and no other file is named.
@@ -117,6 +119,10 @@ pub struct Settings {
     #[command(flatten)]
     #[serde(flatten)]
     pub duties: DutySettings,
+    /// What the outbox keeps.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub outbox: OutboxSettings,
     /// Keys of the file that nobody knows; [`Settings::resolve`] refuses them.
     #[arg(skip)]
     #[serde(flatten)]
@@ -160,6 +166,8 @@ pub struct Config {
     pub log_format: skerry_telemetry::logging::LogFormat,
     /// What the node does by itself.
     pub duties: Duties,
+    /// What the outbox keeps.
+    pub retention: crate::store::Retention,
 }
 
 impl Settings {
@@ -207,6 +215,7 @@ impl Settings {
             log: self.log.or(file.log),
             log_format: self.log_format.or(file.log_format),
             duties: self.duties.over(file.duties),
+            outbox: self.outbox.over(file.outbox),
             unknown: BTreeMap::new(),
         }
     }
@@ -284,6 +293,7 @@ impl Settings {
                 .parse()
                 .map_err(|e| ConfigError::Value(format!("log-format: {e}")))?,
             duties: self.duties.complete(&data_dir)?,
+            retention: self.outbox.complete()?,
             data_dir,
         })
     }
@@ -345,6 +355,18 @@ mod tests {
     }
 
     #[test]
+    fn what_the_outbox_keeps_has_defaults_and_settings() {
+        use crate::store::{Lane, Retention};
+        let file = "outbox-events-max-age = '0s'\noutbox-status-max-size = '1Ki'\noutbox-max-size = '1Mi'\n";
+        let given = resolve(file, Settings::default()).unwrap().retention;
+        assert_eq!(given.lane(Lane::Events).max_age, None);
+        assert_eq!(given.lane(Lane::Status).max_bytes, 1024);
+        assert_eq!(given.max_bytes, 1 << 20);
+        let silent = resolve("", Settings::default()).unwrap().retention;
+        assert_eq!(silent, Retention::default());
+    }
+
+    #[test]
     fn values_that_cannot_work_are_refused() {
         for wrong in [
             "runtime-endpoint = 'tcp://x'",
@@ -361,6 +383,8 @@ mod tests {
             "image-gc-low-threshold-percent = 90",
             "eviction-hard = 'disk<1'",
             "shutdown-grace-period = '1s'",
+            "outbox-max-size = '0'",
+            "outbox-events-max-age = 'a day'",
         ] {
             assert!(resolve(wrong, Settings::default()).is_err(), "{wrong}");
         }

@@ -32,7 +32,7 @@ use crate::runtime::process::ProcessRuntime;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::shutdown;
 use crate::stats::{Stats, StatsConfig};
-use crate::store::{OpenError, Store, StoreError};
+use crate::store::{OpenError, Options as StoreOptions, Store, StoreError};
 use crate::streams::{PodLookup, Streams};
 
 /// Why the daemon could not start or go on.
@@ -69,7 +69,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         .provider
         .clone()
         .unwrap_or_else(|| identity.provider.clone());
-    let store = Store::open(&config.data_dir)?;
+    let store = Store::open_with(
+        &config.data_dir,
+        StoreOptions {
+            retention: config.retention,
+            ..StoreOptions::default()
+        },
+    )?;
     let metrics = Arc::new(Metrics::new(&site));
     let kubelet_registry = Arc::new(Mutex::new(Registry::default()));
     let runtime = runtime(&config, site.as_str(), &kubelet_registry)?;
@@ -330,6 +336,11 @@ fn endpoints(
                 store.count(Kind::Pod).unwrap_or(0),
             );
             shown.set_store(outbox, pods, store.size_bytes());
+            let (bytes, syncs) = store.traffic();
+            shown.set_store_traffic(bytes, syncs);
+            if let (Ok(used), Ok(drops)) = (store.outbox_use(), store.drops()) {
+                shown.set_outbox(&used, &drops);
+            }
         }),
     }
 }

@@ -11,6 +11,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use skerry_proto::SiteName;
 
+use crate::store::{DropReason, Lane, LaneUse};
+
 /// Upper bounds in seconds; 0.2 is the target of the link's P99.
 const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0];
 
@@ -18,6 +20,19 @@ const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct RequestLabels {
     request: String,
+}
+
+/// Labels of dropped reports.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct DropLabels {
+    lane: String,
+    reason: String,
+}
+
+/// Labels of what there is in each lane of the outbox.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct LaneLabels {
+    lane: String,
 }
 
 /// Labels of what exists once a site.
@@ -43,7 +58,10 @@ pub struct Metrics {
     node_status: Family<SiteLabels, Gauge>,
     requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
     certificate: Gauge<f64, std::sync::atomic::AtomicU64>,
-    dropped: Counter,
+    dropped: Family<DropLabels, Counter>,
+    outbox_bytes: Family<LaneLabels, Gauge>,
+    store_written: Counter,
+    store_syncs: Counter,
     tunnels: Gauge,
     outbox: Gauge,
     pods: Gauge,
@@ -75,11 +93,28 @@ impl Metrics {
             "Days until the site's certificate expires, negative when it has",
             certificate.clone(),
         );
-        let dropped = Counter::default();
+        let dropped = Family::<DropLabels, Counter>::default();
         registry.register(
             "skerry_reports_dropped",
-            "Reports that the provider will never take",
+            "Reports to the cloud that were dropped since the store was made, by lane and reason",
             dropped.clone(),
+        );
+        let outbox_bytes = Family::<LaneLabels, Gauge>::default();
+        registry.register(
+            "skerry_outbox_bytes",
+            "Bytes of the reports that wait for the provider",
+            outbox_bytes.clone(),
+        );
+        let (store_written, store_syncs) = (Counter::default(), Counter::default());
+        registry.register(
+            "skerry_store_written_bytes",
+            "Bytes that the store has written to its file since the daemon started",
+            store_written.clone(),
+        );
+        registry.register(
+            "skerry_store_syncs",
+            "Syncs of the store's file since the daemon started",
+            store_syncs.clone(),
         );
         let tunnels = Gauge::default();
         registry.register(
@@ -121,6 +156,9 @@ impl Metrics {
             requests,
             certificate,
             dropped,
+            outbox_bytes,
+            store_written,
+            store_syncs,
             tunnels,
             outbox,
             pods,
@@ -156,14 +194,31 @@ impl Metrics {
         OpenTunnel(self.tunnels.clone())
     }
 
-    /// Counts a report that the provider will never take.
-    pub fn count_dropped_report(&self) {
-        self.dropped.inc();
+    /// Notes how full the outbox is and what was dropped.
+    pub fn set_outbox(&self, used: &[LaneUse; 4], drops: &[(Lane, DropReason, u64)]) {
+        for (lane, used) in Lane::ALL.iter().zip(used) {
+            let lane = lane.name().to_owned();
+            self.outbox_bytes
+                .get_or_create(&LaneLabels { lane })
+                .set(i64::try_from(used.bytes).unwrap_or(i64::MAX));
+        }
+        for (lane, reason, count) in drops {
+            let labels = DropLabels {
+                lane: lane.name().to_owned(),
+                reason: reason.name().to_owned(),
+            };
+            // The store counts; this only shows it.
+            let shown = self.dropped.get_or_create(&labels);
+            shown.inc_by(count.saturating_sub(shown.get()));
+        }
     }
 
-    /// Reports that the provider has refused for good since the daemon started.
-    pub fn dropped_reports(&self) -> u64 {
-        self.dropped.get()
+    /// Notes what went to the disk since the start.
+    pub fn set_store_traffic(&self, bytes: u64, syncs: u64) {
+        self.store_written
+            .inc_by(bytes.saturating_sub(self.store_written.get()));
+        self.store_syncs
+            .inc_by(syncs.saturating_sub(self.store_syncs.get()));
     }
 
     /// Notes how many static pods there are, and how many of their files cannot be used.

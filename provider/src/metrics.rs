@@ -1,5 +1,6 @@
 //! The provider's metrics.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +19,14 @@ const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct SiteLabels {
     node: String,
+}
+
+/// Labels of what a site has dropped.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct DropLabels {
+    node: String,
+    lane: String,
+    reason: String,
 }
 
 /// Labels of a request to the Kubernetes API.
@@ -39,6 +48,7 @@ pub struct Metrics {
     pub registry: Arc<Mutex<Registry>>,
     node_status: Family<SiteLabels, Gauge>,
     tunnels: Family<SiteLabels, Gauge>,
+    drops: Family<DropLabels, Gauge>,
     serving_by_cluster: Gauge,
     serving_expiry: Gauge,
     requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
@@ -80,6 +90,12 @@ impl Metrics {
             "Streams that are open to the site; sites without any are not shown",
             tunnels.clone(),
         );
+        let drops = Family::<DropLabels, Gauge>::default();
+        registry.register(
+            "skerry_site_reports_dropped",
+            "Reports that the site has dropped since its store was made, by lane and reason",
+            drops.clone(),
+        );
         let requests: Family<RequestLabels, Histogram, fn() -> Histogram> =
             Family::new_with_constructor(|| Histogram::new(BUCKETS));
         registry.register(
@@ -103,6 +119,7 @@ impl Metrics {
             registry: Arc::new(Mutex::new(registry)),
             node_status,
             tunnels,
+            drops,
             serving_by_cluster,
             serving_expiry,
             requests,
@@ -125,6 +142,31 @@ impl Metrics {
         self.serving_by_cluster.set(i64::from(not_after.is_some()));
         self.serving_expiry
             .set(not_after.map_or(0, jiff::Timestamp::as_second));
+    }
+
+    /// Notes what a site has dropped, by lane and reason.
+    pub fn set_drops(&self, site: &SiteName, drops: &BTreeMap<(String, String), u64>) {
+        for ((lane, reason), count) in drops {
+            let labels = DropLabels {
+                node: site.to_string(),
+                lane: lane.clone(),
+                reason: reason.clone(),
+            };
+            self.drops
+                .get_or_create(&labels)
+                .set(i64::try_from(*count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Drops what was said of what a site has dropped.
+    pub fn forget_drops(&self, site: &SiteName, drops: &BTreeMap<(String, String), u64>) {
+        for (lane, reason) in drops.keys() {
+            self.drops.remove(&DropLabels {
+                node: site.to_string(),
+                lane: lane.clone(),
+                reason: reason.clone(),
+            });
+        }
     }
 
     /// Notes how many streams are open, by site.

@@ -35,6 +35,8 @@ macro_rules! settings {
     };
 }
 
+pub(super) use settings;
+
 settings! {
     /// What a node does by itself, as flags, environment variables and the file give it.
     DutySettings {
@@ -249,7 +251,7 @@ impl DutySettings {
 }
 
 /// A size such as `10Mi`, above zero.
-fn bytes(key: &str, given: Option<String>, default: u64) -> Result<u64, ConfigError> {
+pub(super) fn bytes(key: &str, given: Option<String>, default: u64) -> Result<u64, ConfigError> {
     let Some(text) = given else { return Ok(default) };
     quantity::value(&Quantity(text.clone()))
         .and_then(|value| u64::try_from(value).ok())
@@ -270,7 +272,7 @@ fn duration(key: &str, given: Option<String>, default: Duration) -> Result<Durat
 }
 
 /// A duration such as `1m30s`, or none at all.
-fn period(key: &str, given: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
+pub(super) fn period(key: &str, given: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
     let Some(text) = given else { return Ok(default) };
     parse_duration(&text).map_err(|error| ConfigError::Value(format!("{key}: {error}")))
 }

@@ -10,6 +10,7 @@
 //! * Nothing here stops a pod: the store is changed by the provider's explicit word alone.
 
 mod backoff;
+mod drops;
 pub mod holding;
 #[cfg(test)]
 mod holding_tests;

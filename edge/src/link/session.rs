@@ -60,6 +60,7 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
     parts.spawn(report(Arc::clone(link), to_bulk, window));
     let mut tunnels = JoinSet::new();
     let mut beats = Beats::new(&welcome);
+    let mut told_drops = super::drops::Told::default();
     loop {
         tokio::select! {
             Some(ended) = parts.join_next() => match ended {
@@ -94,10 +95,12 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
             }
             () = tokio::time::sleep_until(beats.next) => {
                 let seq = beats.beat()?;
+                let drops = link.store.drops().unwrap_or_default();
                 let beat = Heartbeat {
                     seq,
                     outbox: link.store.outbox_len().unwrap_or(0),
-                    dropped: link.store.dropped_reports() + link.metrics.dropped_reports(),
+                    dropped: drops.iter().map(|(_, _, count)| count).sum(),
+                    drops: told_drops.news(&drops),
                 };
                 let message = EdgeControl { message: Some(edge_control::Message::Heartbeat(beat)) };
                 if to_control.try_send(message).is_err() {
@@ -277,10 +280,17 @@ fn complain(error: &StoreError) {
 async fn settle(link: &Link, results: &[ReportResult], window: &Semaphore) {
     for result in results.iter().filter(|r| r.outcome() == Outcome::Dropped) {
         tracing::warn!(seq = result.seq, reason = %result.message, "the provider will never take a report; it is dropped");
-        link.metrics.count_dropped_report();
     }
-    let seqs: Vec<u64> = results.iter().map(|r| r.seq).collect();
-    while let Err(error) = link.store.settle_reports(seqs.clone()).await {
+    let (refused, taken): (Vec<_>, Vec<_>) = results.iter().partition(|r| r.outcome() == Outcome::Dropped);
+    let numbers = |results: Vec<&ReportResult>| results.iter().map(|r| r.seq).collect::<Vec<_>>();
+    let (refused, taken) = (numbers(refused), numbers(taken));
+    while let Err(error) = link.store.settle_reports(taken.clone()).await {
+        complain(&error);
+        tokio::time::sleep(COMMIT_RETRY).await;
+    }
+    while !refused.is_empty()
+        && let Err(error) = link.store.refuse_reports(refused.clone()).await
+    {
         complain(&error);
         tokio::time::sleep(COMMIT_RETRY).await;
     }

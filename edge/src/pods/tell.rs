@@ -11,7 +11,7 @@ use super::events::Level;
 use super::plan::{Plan, inits, regulars};
 use super::status::{self, Waiting};
 use super::worker::{SyncError, Worker};
-use crate::store::NewReport;
+use crate::store::{Lane, NewReport};
 
 impl Worker {
     /// What this node does not do yet is said, never silent.
@@ -126,11 +126,16 @@ impl Worker {
         self.record.finished |= finished;
         // The record first: whoever sees the report finds the status here.
         self.save()?;
-        let report = self.shared.store.queue_report(NewReport {
+        let report = NewReport {
             coalesce,
             observed: self.shared.clock.now(),
             body,
-        });
+        };
+        let lane = match super::is_critical(pod) {
+            true => Lane::CriticalStatus,
+            false => Lane::Status,
+        };
+        let report = self.shared.store.queue_report_in(lane, report);
         self.await_later(report);
         Ok(())
     }

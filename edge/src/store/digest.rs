@@ -162,22 +162,22 @@ impl Store {
     /// What the store holds, in short.
     pub fn inventory_digest(&self) -> Result<InventoryDigest, StoreError> {
         self.file().read(|transaction| {
-        let totals = totals(transaction)?;
-        let mut objects = Buckets::new(buckets_for(totals.objects.1));
-        let mut tokens = Buckets::new(buckets_for(totals.tokens.1));
-        for entry in transaction.open_table(HELD)?.iter()? {
-            let (key, value) = entry?;
-            let (kind, uid) = key.value();
-            let (kind, entry) = (i32::from(kind), decode(value.value()));
-            match Group::of(kind) {
-                Group::Objects => objects.add(kind, uid, &entry),
-                Group::Tokens => tokens.add(kind, uid, &entry),
+            let totals = totals(transaction)?;
+            let mut objects = Buckets::new(buckets_for(totals.objects.1));
+            let mut tokens = Buckets::new(buckets_for(totals.tokens.1));
+            for entry in transaction.open_table(HELD)?.iter()? {
+                let (key, value) = entry?;
+                let (kind, uid) = key.value();
+                let (kind, entry) = (i32::from(kind), decode(value.value()));
+                match Group::of(kind) {
+                    Group::Objects => objects.add(kind, uid, &entry),
+                    Group::Tokens => tokens.add(kind, uid, &entry),
+                }
             }
-        }
-        Ok(InventoryDigest {
-            objects: Some(objects.message()),
-            tokens: Some(tokens.message()),
-        })
+            Ok(InventoryDigest {
+                objects: Some(objects.message()),
+                tokens: Some(tokens.message()),
+            })
         })
     }
 
@@ -198,27 +198,27 @@ impl Store {
 
     fn inventory_where(&self, wanted: impl Fn(i32, &str) -> bool) -> Result<Vec<InventoryEntry>, StoreError> {
         self.file().read(|transaction| {
-        let mut entries = Vec::new();
-        for entry in transaction.open_table(HELD)?.iter()? {
-            let (key, value) = entry?;
-            let (kind, uid) = key.value();
-            let kind = i32::from(kind);
-            if !wanted(kind, uid) {
-                continue;
+            let mut entries = Vec::new();
+            for entry in transaction.open_table(HELD)?.iter()? {
+                let (key, value) = entry?;
+                let (kind, uid) = key.value();
+                let kind = i32::from(kind);
+                if !wanted(kind, uid) {
+                    continue;
+                }
+                let Entry { hash, expires_unix } = decode(value.value());
+                let hash = match hash {
+                    UNREADABLE => bytes::Bytes::new(),
+                    hash => bytes::Bytes::copy_from_slice(&hash.0),
+                };
+                entries.push(InventoryEntry {
+                    kind,
+                    uid: uid.to_owned(),
+                    hash,
+                    expires_unix,
+                });
             }
-            let Entry { hash, expires_unix } = decode(value.value());
-            let hash = match hash {
-                UNREADABLE => bytes::Bytes::new(),
-                hash => bytes::Bytes::copy_from_slice(&hash.0),
-            };
-            entries.push(InventoryEntry {
-                kind,
-                uid: uid.to_owned(),
-                hash,
-                expires_unix,
-            });
-        }
-        Ok(entries)
+            Ok(entries)
         })
     }
 

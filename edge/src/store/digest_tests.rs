@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use redb::ReadableDatabase;
 use serde_json::json;
 use skerry_proto::digest::{Buckets, Entry, Group, Sum, buckets_for};
-use skerry_proto::link::{BucketSet, InventoryRequest, Remove};
+use skerry_proto::link::{self, BucketSet, InventoryRequest, Remove};
 use skerry_proto::object::pack;
 
 use super::*;
@@ -146,7 +146,13 @@ fn an_object_that_cannot_be_read_moves_the_digest_and_is_told_without_a_hash() {
     assert_eq!(store.applied(1).unwrap(), before);
     assert!(store.list(Kind::Pod).unwrap().is_empty());
     // What the reader has queued is on disk before what follows.
-    write(&store, Write::Settle(vec![]));
+    write(
+        &store,
+        Write::Settle {
+            seqs: vec![],
+            refused: false,
+        },
+    );
     assert_ne!(store.applied(1).unwrap(), before);
     assert!(store.inventory().unwrap()[0].hash.is_empty());
     write(&store, Write::Apply(vec![upsert(Kind::Pod, "u", 1)]));

@@ -16,7 +16,9 @@
 //! | `state` | (room, key) | JSON | each room for itself: pod records, device twins |
 //! | `outbox` | sequence number | a [`Report`] message | any room, through [`Store::report`] |
 //! | `outbox_keys` | coalescing key | sequence number | the same transaction |
-//! | `outbox_events` | sequence number | () | the same transaction |
+//! | `outbox_lanes` | (lane, sequence number) | bytes, seconds | the same transaction |
+//! | `outbox_totals` | lane | reports, bytes | the same transaction |
+//! | `outbox_drops` | (lane, reason) | count | the same transaction |
 //!
 //! **Write.** The link applies a batch of changes in one transaction and acknowledges after it. Objects are kept as
 //! they came, compressed: what the API server said is what the edge stores, unknown fields included.
@@ -24,9 +26,9 @@
 //! **Read.** By UID, by name, or all of a kind. A name points to the newest UID that took it.
 //!
 //! **Outbox.** Reports get ascending numbers that are never reused. A report with a coalescing key (a pod's status, a
-//! device's twins) replaces an older unsent one of the same key: only the newest state matters. Events do not
-//! coalesce; beyond [`MAX_EVENTS`] the oldest goes and [`Store::dropped_reports`] counts it. A report stays until the
-//! provider has settled its number; one that was replaced meanwhile has another number, so a late settlement of the
+//! device's twins) replaces an older unsent one of the same key: only the newest state matters. What is too much or too
+//! old for [`Retention`] goes, the oldest of the least important [`Lane`] first, and [`Store::drops`] counts it. A report
+//! otherwise stays until the provider has settled its number; one that was replaced meanwhile has another number, so a late settlement of the
 //! old cannot delete the new.
 //!
 //! **Recovery.** redb recovers by itself after a crash; after an I/O error, such as a full disk, [`file`] opens it
@@ -50,6 +52,9 @@ mod objects;
 mod outbox;
 #[cfg(test)]
 mod powercut_tests;
+mod retention;
+#[cfg(test)]
+mod retention_tests;
 mod schema;
 #[cfg(test)]
 mod simulated;
@@ -60,7 +65,7 @@ mod writer;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use redb::TableDefinition;
 use serde::de::DeserializeOwned;
@@ -68,12 +73,14 @@ use skerry_proto::link::{Kind, Upsert, change};
 use skerry_proto::object::{ContentHash, ObjectKey, PackError, Uid, unpack};
 use tokio::sync::{broadcast, oneshot, watch};
 
+use crate::clock::{Clock, SystemClock};
 use file::File;
 use medium::{OnDisk, Place};
 use writer::{Done, Write, Writer};
 
 pub use ended::MAX_ENDED;
-pub use outbox::{MAX_EVENTS, NewReport};
+pub use outbox::NewReport;
+pub use retention::{DropReason, Lane, LaneLimits, LaneUse, Retention};
 
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const OBJECTS: TableDefinition<'_, (u8, &str), &[u8]> = TableDefinition::new("objects");
@@ -260,7 +267,25 @@ struct Shared {
     file: File,
     changes: broadcast::Sender<ObjectChanged>,
     outbox_moved: watch::Sender<u64>,
-    dropped: AtomicU64,
+    options: Options,
+}
+
+/// How a store is kept.
+#[derive(Clone)]
+pub struct Options {
+    /// What the outbox keeps.
+    pub retention: Retention,
+    /// Tells how old reports are.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            retention: Retention::default(),
+            clock: Arc::new(SystemClock),
+        }
+    }
 }
 
 /// A write under way. Dropping it does not stop the write; a failure is then logged.
@@ -282,17 +307,22 @@ impl Store {
     ///
     /// Blocking. Never overwrites a file that it cannot read.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
-        Self::open_at(Box::new(OnDisk::new(dir.join("store.redb"))))
+        Self::open_with(dir, Options::default())
     }
 
-    fn open_at(place: Box<dyn Place>) -> Result<Self, OpenError> {
+    /// The same with other options.
+    pub fn open_with(dir: &Path, options: Options) -> Result<Self, OpenError> {
+        Self::open_at(Box::new(OnDisk::new(dir.join("store.redb"))), options)
+    }
+
+    fn open_at(place: Box<dyn Place>, options: Options) -> Result<Self, OpenError> {
         let path = place.path().to_owned();
         let (file, id) = File::open(place, CACHE_BYTES)?;
         let shared = Arc::new(Shared {
             file,
             changes: broadcast::Sender::new(CHANGE_NOTICES),
             outbox_moved: watch::Sender::new(0),
-            dropped: AtomicU64::new(0),
+            options,
         });
         let writer = Writer::start(Arc::clone(&shared)).map_err(|error| OpenError::Io {
             path,
@@ -305,7 +335,10 @@ impl Store {
 
     /// Begins another life: answers how many daemons have been started on this store, this one included. Blocking.
     pub fn begin_life(&self) -> Result<u64, StoreError> {
-        self.inner.writer.carry_out(Write::BeginLife).map(|done| done.life)
+        self.inner
+            .writer
+            .carry_out(Write::BeginLife)
+            .map(|done| done.life)
     }
 
     /// Made once with the file: tells two stores with one identity apart.
@@ -351,10 +384,5 @@ impl Store {
             traffic.bytes.load(Ordering::Relaxed),
             traffic.syncs.load(Ordering::Relaxed),
         )
-    }
-
-    /// Reports that were dropped for want of room since the daemon started.
-    pub fn dropped_reports(&self) -> u64 {
-        self.inner.shared.dropped.load(Ordering::Relaxed)
     }
 }

@@ -9,7 +9,7 @@ use skerry_proto::link::{EventReport, Kind, Remove, Report, Upsert, change, repo
 use skerry_proto::object::{ContentHash, pack};
 
 use super::writer::{Done, Write};
-use super::{NAMES, NewReport, Store, StoreError};
+use super::{Lane, NAMES, NewReport, Store, StoreError};
 
 /// Rooms of records; one is the beginning of another's name.
 pub(super) const ROOMS: [&str; 2] = ["room", "roommate"];
@@ -140,14 +140,16 @@ impl Model {
                 }
                 self.outbox.insert(seq, value.to_string());
                 let key = key.map(|key| key.to_string());
-                Write::Report(Box::new(event(key.as_deref(), &value.to_string())))
+                let report = event(key.as_deref(), &value.to_string());
+                Write::Report(Lane::Events, Box::new(report))
             }
             Step::Settle(index) => {
                 let seq = self.outbox.keys().nth(usize::from(*index)).copied();
                 if let Some(seq) = seq {
                     self.outbox.remove(&seq);
                 }
-                Write::Settle(seq.into_iter().collect())
+                let seqs = seq.into_iter().collect();
+                Write::Settle { seqs, refused: false }
             }
             Step::Put(room, key, value) => {
                 let (room, key) = (ROOMS[usize::from(*room)], format!("k{key}"));

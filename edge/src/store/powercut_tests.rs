@@ -26,7 +26,7 @@ fn trials(usual: u64) -> u64 {
 }
 
 fn open(disk: &Disk) -> Result<Store, OpenError> {
-    Store::open_at(Box::new(disk.clone()))
+    Store::open_at(Box::new(disk.clone()), Options::default())
 }
 
 /// A disk with a new store.
@@ -225,7 +225,7 @@ fn a_damaged_file_is_refused_as_it_is_or_opens_with_everything_in_it() {
     let mut verdicts = BTreeMap::<bool, usize>::new();
     for closed in [true, false] {
         let (whole, models) = filled(closed);
-        for seed in 0..trials(250) {
+        for seed in 0..trials(120) {
             let mut chance = StdRng::seed_from_u64(seed);
             let mut content = whole.clone();
             let what = damage(&mut content, &mut chance);
@@ -256,7 +256,7 @@ fn a_damaged_file_is_refused_as_it_is_or_opens_with_everything_in_it() {
 fn pages_that_go_bad_while_the_store_is_open_make_errors_and_no_panic() {
     let (whole, _) = filled(true);
     let mut refused = 0;
-    for seed in 0..trials(120) {
+    for seed in 0..trials(40) {
         let mut chance = StdRng::seed_from_u64(seed);
         let disk = Disk::holding(whole.clone());
         let store = open(&disk).unwrap();

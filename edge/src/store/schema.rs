@@ -10,14 +10,14 @@ use std::sync::Arc;
 
 use redb::{Builder, Database, DatabaseError, ReadableTable, StorageBackend, StorageError};
 
+use super::ended::{ENDED, ORDER};
 use super::file::Open;
 use super::medium::{Medium, Place, Traffic};
-use super::ended::{ENDED, ORDER};
-use super::outbox::{EVENTS, KEYS, OUTBOX};
+use super::outbox::{DROPS, KEYS, LANES, OUTBOX, TOTALS, migrate_from_2};
 use super::{META, NAMES, OBJECTS, OpenError, STATE, StoreError, digest};
 
 /// The schema that this build writes.
-const SCHEMA: u32 = 2;
+const SCHEMA: u32 = 3;
 
 /// Opens what is in that place, or a new store if there is nothing. One that is refused is not changed in any byte.
 pub(super) fn open(
@@ -149,13 +149,20 @@ fn tables(database: &Database) -> Result<(u32, String), StoreError> {
             found = 2;
             meta.insert("schema", found.to_le_bytes().as_slice())?;
         }
+        if found == 2 {
+            migrate_from_2(&transaction)?;
+            found = 3;
+            meta.insert("schema", found.to_le_bytes().as_slice())?;
+        }
         if found == SCHEMA {
             transaction.open_table(OBJECTS)?;
             transaction.open_table(NAMES)?;
             transaction.open_table(STATE)?;
             transaction.open_table(OUTBOX)?;
             transaction.open_table(KEYS)?;
-            transaction.open_table(EVENTS)?;
+            transaction.open_table(LANES)?;
+            transaction.open_table(TOTALS)?;
+            transaction.open_table(DROPS)?;
             transaction.open_table(digest::HELD)?;
             transaction.open_table(ENDED)?;
             transaction.open_table(ORDER)?;

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use skerry_proto::link::Remove;
 
-use super::model::{Model, Step, event, message, steps, write};
+use super::model::{Model, Step, steps, write};
 use super::*;
 
 fn upsert(kind: Kind, uid: &str, name: &str, value: u32) -> change::Change {
@@ -17,18 +17,8 @@ fn remove(kind: Kind, uid: &str) -> change::Change {
     })
 }
 
-fn messages(store: &Store) -> Vec<String> {
-    let waiting = store.waiting_reports(0, usize::MAX).unwrap();
-    assert!(waiting.windows(2).all(|w| w[0].seq < w[1].seq));
-    waiting.iter().map(message).collect()
-}
-
 fn apply(store: &Store, changes: Vec<change::Change>) -> Result<(), StoreError> {
     write(store, super::Write::Apply(changes)).map(drop)
-}
-
-fn report(store: &Store, report: NewReport) -> Result<u64, StoreError> {
-    write(store, super::Write::Report(Box::new(report))).map(|done| done.seq)
 }
 
 proptest! {
@@ -84,26 +74,6 @@ fn a_bad_object_does_not_stop_the_batch() {
     });
     apply(&store, vec![bad, upsert(Kind::Pod, "good", "n", 1)]).unwrap();
     assert_eq!(store.list(Kind::Pod).unwrap().len(), 1);
-}
-
-#[test]
-fn events_beyond_the_limit_push_out_the_oldest_and_are_counted() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
-    // Filling the real limit through fsynced transactions would take minutes on a slow disk: fill the tables at once.
-    let filled = store.file().write(|transaction| {
-        let mut events = transaction.open_table(outbox::EVENTS)?;
-        for seq in 1..=MAX_EVENTS {
-            events.insert(seq, ())?;
-        }
-        let mut meta = transaction.open_table(META)?;
-        meta.insert("next_seq", (MAX_EVENTS + 1).to_le_bytes().as_slice())?;
-        Ok(())
-    });
-    filled.unwrap();
-    report(&store, event(None, "new")).unwrap();
-    assert_eq!(store.dropped_reports(), 1);
-    assert_eq!(messages(&store), ["new"]);
 }
 
 #[test]

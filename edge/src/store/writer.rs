@@ -9,18 +9,21 @@
 //! one of its own, up to the first that the disk refuses.
 
 use std::borrow::Cow;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use redb::WriteTransaction;
+use jiff::Timestamp;
 use redb::ReadableTable;
+use redb::WriteTransaction;
 use skerry_proto::link::change;
-use skerry_proto::object::ObjectKey;
 use skerry_proto::object::ObjectKey;
 use tokio::sync::oneshot;
 
-use super::{META, NewReport, ObjectChanged, STATE, Shared, StoreError, outbox};
+use super::{DropReason, Lane, META, NewReport, ObjectChanged, Retention, STATE, Shared, StoreError, outbox};
+
+/// How often the age of what waits is looked at while nothing is written.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// Most writes in one transaction.
 const BATCH: usize = 256;
@@ -29,16 +32,16 @@ const BATCH: usize = 256;
 pub(super) enum Write {
     /// The provider's changes.
     Apply(Vec<change::Change>),
-    /// An object that cannot be read.
-    Distrust(ObjectKey),
     /// Another daemon on this store.
     BeginLife,
     /// An object that cannot be read.
     Distrust(ObjectKey),
     /// A report for the outbox.
-    Report(Box<NewReport>),
-    /// Reports that the provider has settled.
-    Settle(Vec<u64>),
+    Report(Lane, Box<NewReport>),
+    /// Reports that the provider has settled, or will never take.
+    Settle { seqs: Vec<u64>, refused: bool },
+    /// Reports may have become too old by now.
+    Sweep(Timestamp),
     /// A room's record.
     Put {
         room: Cow<'static, str>,
@@ -58,21 +61,21 @@ pub(super) struct Done {
     /// Number of a new life.
     pub(super) life: u64,
     /// Reports that had to go for it.
-    pub(super) dropped: u64,
+    pub(super) dropped: Vec<(Lane, DropReason)>,
 }
 
 impl Write {
-    fn carry_out(&self, transaction: &WriteTransaction) -> Result<Done, StoreError> {
+    fn carry_out(&self, transaction: &WriteTransaction, retention: &Retention) -> Result<Done, StoreError> {
         match self {
             Write::Apply(changes) => Ok(Done {
                 changed: super::objects::apply(transaction, changes)?,
                 ..Done::default()
             }),
             Write::Distrust(key) => super::digest::distrust(transaction, key).map(|()| Done::default()),
-            Write::Distrust(key) => super::digest::distrust(transaction, key).map(|()| Done::default()),
             Write::BeginLife => begin_life(transaction),
-            Write::Report(report) => outbox::add(transaction, report),
-            Write::Settle(seqs) => outbox::settle(transaction, seqs).map(|()| Done::default()),
+            Write::Report(lane, report) => outbox::add(transaction, *lane, report, retention),
+            Write::Settle { seqs, refused } => outbox::settle(transaction, seqs, *refused),
+            Write::Sweep(now) => outbox::sweep(transaction, retention, *now),
             Write::Put { room, key, json } => {
                 let mut table = transaction.open_table(STATE)?;
                 table.insert((&**room, key.as_str()), json.as_slice())?;
@@ -161,7 +164,15 @@ impl Drop for Writer {
 }
 
 fn run(shared: &Shared, writes: &mpsc::Receiver<(Write, Answer)>) {
-    while let Ok(first) = writes.recv() {
+    loop {
+        let first = match writes.recv_timeout(SWEEP) {
+            Ok(first) => first,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                sweep(shared);
+                continue;
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+        };
         let mut batch = vec![first];
         batch.extend(writes.try_iter().take(BATCH - 1));
         let together = match &batch[..] {
@@ -208,11 +219,29 @@ fn begin_life(transaction: &WriteTransaction) -> Result<Done, StoreError> {
     })
 }
 
+/// Drops what has become too old while nothing was written.
+fn sweep(shared: &Shared) {
+    // What is not there needs no fsync.
+    let (retention, now) = (&shared.options.retention, shared.options.clock.now());
+    match shared
+        .file
+        .read(|transaction| outbox::any_aged(transaction, retention, now))
+    {
+        Ok(true) => {
+            if let Err(error) = commit(shared, std::iter::once(&Write::Sweep(now))) {
+                tracing::warn!(%error, "old reports cannot be dropped");
+            }
+        }
+        Ok(false) => {}
+        Err(error) => tracing::warn!(%error, "the outbox cannot be looked at"),
+    }
+}
+
 /// One transaction with these writes; what each has done.
 fn commit<'a>(shared: &Shared, writes: impl Iterator<Item = &'a Write>) -> Result<Vec<Done>, StoreError> {
     shared.file.write(|transaction| {
         writes
-            .map(|write| write.carry_out(transaction))
+            .map(|write| write.carry_out(transaction, &shared.options.retention))
             .collect::<Result<_, _>>()
     })
 }
@@ -224,7 +253,10 @@ fn tell(shared: &Shared, answer: Answer, done: Result<Done, StoreError>) {
             // Nobody listening is fine: rooms read the store when they start.
             let _ = shared.changes.send(notice.clone());
         }
-        shared.dropped.fetch_add(done.dropped, Ordering::Relaxed);
+        for (lane, reason) in &done.dropped {
+            let (lane, reason) = (lane.name(), reason.name());
+            tracing::debug!(lane, reason, "a report to the cloud is dropped");
+        }
         if done.seq > 0 {
             shared.outbox_moved.send_replace(done.seq);
         }

@@ -257,6 +257,7 @@ async fn listen(
         deps.sessions.heard(&session, Timestamp::now());
         match message {
             Some(edge_control::Message::Heartbeat(beat)) => {
+                deps.sessions.dropped(&session, beat.drops);
                 let ack = cloud_control::Message::HeartbeatAck(link::HeartbeatAck { seq: beat.seq });
                 if orders.try_send(Ok(CloudControl { message: Some(ack) })).is_err() {
                     break "the edge does not read its control stream".to_owned();

@@ -3,18 +3,21 @@
 //! A site has at most one session. A new one fences the old: its token is cancelled before the new one is entered, and
 //! whatever still runs for it may no longer write.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use skerry_proto::SiteName;
-use skerry_proto::link::{CloudControl, Hello, OpenTunnel, cloud_control};
+use skerry_proto::link::{CloudControl, Hello, OpenTunnel, ReportDrops, cloud_control};
 use skerry_proto::object::Uid;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::tunnels::{Orders, SiteAway};
 use crate::pki::SitePeer;
+
+/// Most lanes and reasons of dropped reports that are kept of a site.
+const MOST_DROPS: usize = 64;
 
 /// What is known of a site's link.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +32,8 @@ pub struct LinkState {
     pub version: String,
     /// The machine's boot id, empty when never seen.
     pub boot_id: String,
+    /// Reports that the site has dropped since its store was made, by lane and reason, as far as it was told.
+    pub drops: BTreeMap<(String, String), u64>,
 }
 
 /// One session, as its streams hold it.
@@ -124,6 +129,22 @@ impl Sessions {
         }
     }
 
+    /// Notes what the site says that it has dropped, unless the session is over.
+    pub fn dropped(&self, session: &Session, drops: Vec<ReportDrops>) {
+        if drops.is_empty() || session.over.is_cancelled() {
+            return;
+        }
+        self.state(&session.peer.site).send_modify(|state| {
+            for drop in drops.into_iter().take(MOST_DROPS) {
+                state.drops.insert((drop.lane, drop.reason), drop.count);
+            }
+            // A site that makes up names must not fill this process.
+            while state.drops.len() > MOST_DROPS {
+                state.drops.pop_last();
+            }
+        });
+    }
+
     /// Ends a session. Has no effect on a newer one of the same site.
     pub fn end(&self, session: &Session, now: Timestamp) {
         session.over.cancel();
@@ -209,6 +230,7 @@ impl Sessions {
                 last_heard: None,
                 version: String::new(),
                 boot_id: String::new(),
+                drops: BTreeMap::new(),
             })
         };
         states.entry(site.clone()).or_insert_with(fresh).clone()
@@ -273,6 +295,26 @@ mod tests {
         assert!(sessions.current(&site(), &new.id).is_some());
         sessions.end(&new, now);
         assert!(!sessions.watch(&site()).borrow().online);
+    }
+
+    #[test]
+    fn what_a_site_dropped_is_known_by_lane_and_reason_and_survives_its_session() {
+        let now = Timestamp::UNIX_EPOCH;
+        let sessions = Sessions::new(now);
+        let (sender, _receiver) = mpsc::channel(1);
+        let session = sessions.begin(&peer(), &hello(), sender, now);
+        let drop = |reason: &str, count| ReportDrops {
+            lane: "events".to_owned(),
+            reason: reason.to_owned(),
+            count,
+        };
+        sessions.dropped(&session, vec![drop("age", 1), drop("refused", 2)]);
+        sessions.dropped(&session, vec![drop("age", 5)]);
+        sessions.end(&session, now);
+        sessions.dropped(&session, vec![drop("age", 9)]);
+        let known = sessions.watch(&site()).borrow().drops.clone();
+        let count = |reason: &str| known[&("events".to_owned(), reason.to_owned())];
+        assert_eq!((known.len(), count("age"), count("refused")), (2, 5, 2));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One task per Site: keeps its Node, Lease and status true to its link.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -101,6 +101,7 @@ impl Keeper {
                     .sessions
                     .dismiss(&self.site, "the Site was deleted", 60_000);
                 self.deps.metrics.forget_site(&self.site);
+                self.deps.metrics.forget_drops(&self.site, &link.borrow().drops);
                 return;
             };
             self.deps.sessions.dismiss_earlier(&self.site, &site.key.uid);
@@ -126,6 +127,7 @@ impl Keeper {
         let away = !state.online && self.patience(state, now).is_none_or(|left| left.is_zero());
         let enrolled = site.value["status"]["state"].is_string();
         self.deps.metrics.set_site(&self.site, state.online);
+        self.deps.metrics.set_drops(&self.site, &state.drops);
         let pods = self.deps.mirror.pods_of(&self.site);
         let node = self.deps.mirror.named(Kind::Node, "", self.site.as_str());
         if state.online || away {
@@ -207,6 +209,9 @@ impl Keeper {
             set("version", Value::from(state.version.clone()));
             set("bootID", Value::from(state.boot_id.clone()));
         }
+        if !state.drops.is_empty() {
+            set("drops", drops(&state.drops));
+        }
         let written = current["lastSeen"]
             .as_str()
             .and_then(|t| t.parse::<Timestamp>().ok());
@@ -224,4 +229,10 @@ impl Keeper {
         }
         sites::patch_status(&self.deps.client, &self.site, Value::Object(status)).await
     }
+}
+
+/// Dropped reports for the Site's status, by lane.
+fn drops(drops: &BTreeMap<(String, String), u64>) -> Value {
+    let line = |((lane, reason), count): (&(String, String), &u64)| json!({"lane": lane, "reason": reason, "count": count});
+    Value::from(drops.iter().map(line).collect::<Vec<_>>())
 }
