@@ -334,8 +334,11 @@ impl Bulk {
     }
 }
 
+/// Waits for a change, and a moment for those that follow it. Cancellation safe: a change that was not answered for is
+/// found again.
 async fn settled(changes: &mut watch::Receiver<u64>) -> Result<(), watch::error::RecvError> {
     changes.changed().await?;
+    changes.mark_changed();
     tokio::time::sleep(SETTLE).await;
     changes.mark_unchanged();
     Ok(())
@@ -357,4 +360,26 @@ fn token_upsert(
         expires_unix: minted.expires_unix,
     };
     Ok((upsert, hash))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_is_not_lost_to_a_message_that_comes_just_after_it() {
+        let (sender, mut changes) = watch::channel(0);
+        sender.send_replace(1);
+        // What happens when another branch of the select is ready while this one waits for more.
+        tokio::select! {
+            biased;
+            _ = settled(&mut changes) => panic!("the change must settle first"),
+            () = tokio::task::yield_now() => {}
+        }
+        tokio::time::timeout(SETTLE * 2, settled(&mut changes))
+            .await
+            .expect("the change is still there")
+            .unwrap();
+        assert!(!changes.has_changed().unwrap());
+    }
 }
