@@ -10,6 +10,7 @@ pub mod kubelet;
 pub mod link;
 pub mod metrics;
 pub mod node;
+pub mod pace;
 pub mod pki;
 pub mod pods;
 pub mod refs;

@@ -55,6 +55,10 @@ pub struct Metrics {
     certificates: Family<CertificateLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
     /// Sessions begun since the start.
     pub sessions: Counter,
+    /// Sites that were told to come back later, because too many came at once.
+    pub link_shed: Counter,
+    /// Connections whose TLS handshake failed.
+    pub link_refused: Counter,
 }
 
 impl Default for Metrics {
@@ -115,6 +119,17 @@ impl Metrics {
             "Sessions that sites have begun",
             sessions.clone(),
         );
+        let (link_shed, link_refused) = (Counter::default(), Counter::default());
+        registry.register(
+            "skerry_link_shed",
+            "Sites that were told to come back later, because too many came at once",
+            link_shed.clone(),
+        );
+        registry.register(
+            "skerry_link_handshakes_refused",
+            "Connections whose TLS handshake failed or took too long",
+            link_refused.clone(),
+        );
         Self {
             registry: Arc::new(Mutex::new(registry)),
             node_status,
@@ -125,6 +140,8 @@ impl Metrics {
             requests,
             certificates,
             sessions,
+            link_shed,
+            link_refused,
         }
     }
 

@@ -34,19 +34,16 @@ use crate::kubelet::{
 use crate::link::reports::{Outcome, ReportSink, Reports};
 use crate::link::sessions::Sessions;
 use crate::link::tunnels::Tunnels;
-use crate::link::{self, LinkDeps, LinkService, Timing};
+use crate::link::{self, Arrivals, LinkDeps, LinkService, Timing};
 use crate::metrics::Metrics;
 use crate::node::status::KubeletAddress;
-use crate::node::{self, NodeDeps};
+use crate::node::{self, NodeDeps, NodeWrites};
+use crate::pace::Pace;
 use crate::pki::{Authority, AuthorityError, EnrolmentService, Names};
 use crate::pods;
 
 /// How long sites get to read their goodbye.
 const FAREWELL: Duration = Duration::from_millis(300);
-
-/// How often, and after which pause, a site's devices are told of its coming or going.
-const TELL_TRIES: usize = 30;
-const TELL_AGAIN: Duration = Duration::from_secs(2);
 
 /// Why the provider could not start. Exit code 1, or 2 for a wrong configuration.
 #[derive(Debug, thiserror::Error)]
@@ -93,13 +90,14 @@ pub async fn client(kubeconfig: Option<&Path>, metrics: Option<Arc<Metrics>>) ->
     let Some(metrics) = metrics else {
         return Client::try_from(config).map_err(|e| wrong(&e));
     };
+    let pace = Pace::default();
     let measure = tower::layer::layer_fn(move |service| Measured {
         service,
         metrics: Arc::clone(&metrics),
     });
     let builder = ClientBuilder::try_from(config).map_err(|e| wrong(&e))?;
     Ok(builder
-        .with_layer(&ServiceBuilder::new().layer(measure).into_inner())
+        .with_layer(&ServiceBuilder::new().layer(pace).layer(measure).into_inner())
         .build())
 }
 
@@ -159,7 +157,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     let tunnels = Tunnels::new(Arc::new(sessions.clone()));
     let (reachability, reachable) = mpsc::unbounded_channel();
 
-    let link_listener = listen(config.link_listen, "sites").await?;
+    let link_listener = link::listen(config.link_listen).map_err(|source| ServerError::Listen {
+        address: config.link_listen,
+        purpose: "sites",
+        source,
+    })?;
     let kubelet_listener = listen(config.kubelet_listen, "the kubelet API").await?;
     let names = names(&config, &address);
     let link_tls = authority.link_tls(names.clone(), stop.clone())?;
@@ -191,12 +193,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     tracing::info!(link = %config.link_listen, kubelet = %config.kubelet_listen, metrics = %metrics_address,
         trust_domain = %config.trust_domain, "the provider is starting");
 
+    let writes = Arc::new(NodeWrites::default());
+    let arrivals = Arrivals::new(metrics.link_shed.clone());
     let sink = Sink {
         client: client.clone(),
         mirror: Arc::clone(&mirror),
         address,
         ports: Arc::clone(&ports),
         written: pods::Written::default(),
+        writes: Arc::clone(&writes),
     };
     let link_deps = Arc::new(LinkDeps {
         client: client.clone(),
@@ -205,6 +210,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         tunnels: tunnels.clone(),
         authority: authority.clone(),
         reports: Arc::new(Reports::new(sink)),
+        arrivals,
         timing: Timing {
             heartbeat: config.heartbeat,
             deadline: config.deadline,
@@ -215,8 +221,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         mirror: Arc::clone(&mirror),
         sessions: sessions.clone(),
         deadline: config.deadline,
-        metrics,
+        metrics: Arc::clone(&metrics),
         reachability,
+        writes,
     });
     let kubelet_deps = KubeletDeps {
         pods: Arc::new(Directory(Arc::clone(&mirror))),
@@ -227,10 +234,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     };
     let mut rooms = JoinSet::new();
     rooms.spawn(kubelet::ports::run(ports, Arc::clone(&mirror), stop.clone()));
-    rooms.spawn(cluster::run(client.clone(), mirror, stop.clone()));
+    rooms.spawn(cluster::run(client.clone(), Arc::clone(&mirror), stop.clone()));
     rooms.spawn(node::run(node_deps, stop.clone()));
     rooms.spawn(devices::run(client.clone(), stop.clone()));
-    rooms.spawn(tell_devices(client.clone(), reachable, stop.clone()));
+    rooms.spawn(devices::tell(
+        client.clone(),
+        Arc::clone(&mirror),
+        reachable,
+        stop.clone(),
+    ));
     rooms.spawn(KubeletServer::serve(
         kubelet_listener,
         kubelet_tls,
@@ -240,7 +252,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     // The link outlives `stop` by the farewell, so that sites read why it ends.
     let link_stop = CancellationToken::new();
     let enrolment = EnrolmentService::new(authority.clone(), client, config.namespace);
-    let connections = link::serve(link_listener, link_tls, authority, link_stop.clone());
+    let connections = link::serve(
+        link_listener,
+        link_tls,
+        authority,
+        metrics.link_refused.clone(),
+        link_stop.clone(),
+    );
     let server = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(config.heartbeat * 2))
         .http2_keepalive_timeout(Some(config.deadline))
@@ -340,30 +358,6 @@ fn endpoints(
     }
 }
 
-/// Passes on which sites came or went; a failure is tried again with the next change, at the latest.
-async fn tell_devices(
-    client: Client,
-    mut reachable: mpsc::UnboundedReceiver<(SiteName, bool)>,
-    stop: CancellationToken,
-) {
-    loop {
-        let told = tokio::select! {
-            () = stop.cancelled() => return,
-            told = reachable.recv() => told,
-        };
-        let Some((site, online)) = told else { return };
-        for _ in 0..TELL_TRIES {
-            match devices::site_reachable(client.clone(), &site, online).await {
-                Ok(()) => break,
-                Err(error) => {
-                    tracing::warn!(%site, online, %error, "the site's devices do not show yet whether it is reachable");
-                    tokio::time::sleep(TELL_AGAIN).await;
-                }
-            }
-        }
-    }
-}
-
 /// Where each kind of report goes.
 struct Sink {
     client: Client,
@@ -371,6 +365,7 @@ struct Sink {
     address: KubeletAddress,
     ports: Arc<NodePorts>,
     written: pods::Written,
+    writes: Arc<NodeWrites>,
 }
 
 #[tonic::async_trait]
@@ -385,7 +380,7 @@ impl ReportSink for Sink {
                     port: kubelet::ports::port_of(&self.ports, &self.mirror, site),
                     ..self.address.clone()
                 };
-                node::status::apply(&self.client, &self.mirror, &address, site, status).await
+                node::status::apply(&self.client, &self.mirror, &self.writes, &address, site, status).await
             }
             Some(report::Report::Event(event)) => pods::events::apply(&self.client, site, event).await,
             Some(report::Report::MirrorPod(mirror)) => {

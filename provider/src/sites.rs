@@ -25,16 +25,20 @@ pub async fn uid(client: &Client, site: &SiteName) -> Result<Option<Uid>, kube::
     Ok(found.and_then(|site| site.metadata.uid).map(Uid::from))
 }
 
-/// Merges fields into a Site's status; a Site that is gone is fine.
-pub async fn patch_status(client: &Client, site: &SiteName, status: Value) -> Result<(), kube::Error> {
+/// Merges fields into a Site's status; answers the Site as it is then, or `None` when it is gone, which is fine.
+pub async fn patch_status(
+    client: &Client,
+    site: &SiteName,
+    status: Value,
+) -> Result<Option<DynamicObject>, kube::Error> {
     let sites: Api<DynamicObject> = Api::all_with(client.clone(), &resource());
     let patch = json!({ "status": status });
     match sites
         .patch_status(site.as_str(), &PatchParams::default(), &Patch::Merge(&patch))
         .await
     {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Ok(site) => Ok(Some(site)),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
         Err(error) => Err(error),
     }
 }

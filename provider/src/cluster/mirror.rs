@@ -9,6 +9,7 @@ use skerry_proto::object::{ObjectKey, Uid};
 use tokio::sync::watch;
 
 use super::Object;
+use super::index::Index;
 use crate::refs::tokens::{TokenOwner, token_uid};
 use crate::refs::{KindOrd, PodRefs, TokenNeed};
 
@@ -57,7 +58,12 @@ struct State {
     tables: HashMap<Kind, Table>,
     /// What each bound pod refers to.
     pods: HashMap<Uid, BoundPod>,
-    pods_by_site: HashMap<SiteName, BTreeSet<Uid>>,
+    pods_by_site: Index<SiteName>,
+    pods_by_namespace: Index<String>,
+    /// Pods by what they refer to: kind, namespace, name.
+    users: Index<(KindOrd, String, String)>,
+    services_by_namespace: Index<String>,
+    devices_by_node: Index<String>,
     synced: HashSet<Kind>,
 }
 
@@ -114,7 +120,7 @@ impl Mirror {
         let state = self.read();
         let mut desired = Desired::default();
         let mut namespaces = BTreeSet::new();
-        for uid in state.pods_by_site.get(site).into_iter().flatten() {
+        for uid in state.pods_by_site.of(site) {
             let (Some(object), Some(pod)) = (state.object(Kind::Pod, uid), state.pods.get(uid)) else {
                 continue;
             };
@@ -158,12 +164,17 @@ impl Mirror {
                 );
             }
         }
-        if let Some(services) = state.tables.get(&Kind::Service) {
-            for service in services.by_uid.values() {
-                let everywhere = service.namespace == "default" && service.name == "kubernetes";
-                if everywhere && !namespaces.is_empty() || namespaces.contains(service.namespace.as_str()) {
-                    desired.add(service);
-                }
+        if !namespaces.is_empty()
+            && let Some(everywhere) = state.named(Kind::Service, "default", "kubernetes")
+        {
+            desired.add(everywhere);
+        }
+        for uid in namespaces
+            .iter()
+            .flat_map(|namespace| state.services_by_namespace.of(*namespace))
+        {
+            if let Some(service) = state.object(Kind::Service, uid) {
+                desired.add(service);
             }
         }
         for kind in [Kind::Node, Kind::Site] {
@@ -171,16 +182,15 @@ impl Mirror {
                 desired.add(object);
             }
         }
-        if let Some(devices) = state.tables.get(&Kind::Device) {
-            for device in devices
-                .by_uid
-                .values()
-                .filter(|d| device_site(&d.value) == Some(site.as_str()))
-            {
-                desired.add(device);
-            }
+        for device in state.devices_of(site) {
+            desired.add(device);
         }
         desired
+    }
+
+    /// The devices bound to a site.
+    pub fn devices_of(&self, site: &SiteName) -> Vec<Arc<Object>> {
+        self.read().devices_of(site).cloned().collect()
     }
 
     /// A watched object by name; `namespace` is empty for cluster-scoped kinds.
@@ -215,9 +225,7 @@ impl Mirror {
         let state = self.read();
         state
             .pods_by_site
-            .get(site)
-            .into_iter()
-            .flatten()
+            .of(site)
             .filter_map(|uid| state.object(Kind::Pod, uid).cloned())
             .collect()
     }
@@ -232,7 +240,9 @@ impl Mirror {
             let mut state = self.write();
             let known = state.object(kind, &object.key.uid);
             // An echo of what the site has reported: the newest object is kept, but nobody need look.
-            let echo = known.is_some_and(|known| known.hash == object.hash);
+            let echo = known.is_some_and(|known| {
+                known.hash == object.hash && device_site(&known.value) == device_site(&object.value)
+            });
             if kind == Kind::Pod && !echo {
                 state.bind(&object, &mut dirty);
             }
@@ -241,8 +251,13 @@ impl Mirror {
             let place = (newer.namespace.clone(), newer.name.clone());
             table.by_name.insert(place, newer.key.uid.clone());
             let older = table.by_uid.insert(newer.key.uid.clone(), Arc::clone(&newer));
-            for object in older.iter().chain([&newer]).filter(|_| !echo) {
-                state.affected(object, &mut dirty);
+            if !echo {
+                if let Some(older) = &older {
+                    state.forget(older);
+                    state.affected(older, &mut dirty);
+                }
+                state.enter(&newer);
+                state.affected(&newer, &mut dirty);
             }
         }
         self.fire(&dirty);
@@ -259,6 +274,7 @@ impl Mirror {
             if kind == Kind::Pod {
                 state.unbind(uid, &mut dirty);
             }
+            state.forget(&object);
             state.affected(&object, &mut dirty);
         }
         self.fire(&dirty);
@@ -349,10 +365,13 @@ impl State {
             Ok(pod) => {
                 let refs = PodRefs::of(&pod);
                 let namespace = object.namespace.clone();
-                self.pods_by_site
-                    .entry(site.clone())
-                    .or_default()
-                    .insert(uid.clone());
+                // What it referred to before may differ.
+                self.unbind(uid, dirty);
+                self.pods_by_site.insert(site.clone(), uid);
+                self.pods_by_namespace.insert(namespace.clone(), uid);
+                for (kind, name) in &refs.objects {
+                    self.users.insert((*kind, namespace.clone(), name.clone()), uid);
+                }
                 dirty.insert(site.clone());
                 self.pods.insert(
                     uid.clone(),
@@ -371,13 +390,53 @@ impl State {
 
     fn unbind(&mut self, uid: &Uid, dirty: &mut BTreeSet<SiteName>) {
         let Some(pod) = self.pods.remove(uid) else { return };
-        if let Some(pods) = self.pods_by_site.get_mut(&pod.site) {
-            pods.remove(uid);
-            if pods.is_empty() {
-                self.pods_by_site.remove(&pod.site);
-            }
+        self.pods_by_site.remove(&pod.site, uid);
+        self.pods_by_namespace.remove(&pod.namespace, uid);
+        for (kind, name) in pod.refs.objects {
+            self.users.remove(&(kind, pod.namespace.clone(), name), uid);
         }
         dirty.insert(pod.site);
+    }
+
+    /// Enters an object where sites look for it.
+    fn enter(&mut self, object: &Object) {
+        let uid = &object.key.uid;
+        match object.key.kind {
+            Kind::Service => self.services_by_namespace.insert(object.namespace.clone(), uid),
+            Kind::Device => {
+                if let Some(node) = device_site(&object.value) {
+                    self.devices_by_node.insert(node.to_owned(), uid);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Undoes [`State::enter`].
+    fn forget(&mut self, object: &Object) {
+        let uid = &object.key.uid;
+        match object.key.kind {
+            Kind::Service => self.services_by_namespace.remove(&object.namespace, uid),
+            Kind::Device => {
+                if let Some(node) = device_site(&object.value) {
+                    self.devices_by_node.remove(&node.to_owned(), uid);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn devices_of(&self, site: &SiteName) -> impl Iterator<Item = &Arc<Object>> {
+        self.devices_by_node
+            .of(site.as_str())
+            .filter_map(|uid| self.object(Kind::Device, uid))
+    }
+
+    /// The sites of the pods that refer to an object.
+    fn sites_of_users(&self, kind: KindOrd, namespace: &str, name: &str, dirty: &mut BTreeSet<SiteName>) {
+        let key = (kind, namespace.to_owned(), name.to_owned());
+        let users = self.users.of(&key);
+        dirty.extend(users.filter_map(|uid| Some(self.pods.get(uid)?.site.clone())));
     }
 
     /// The sites whose set a change of this object may touch.
@@ -396,24 +455,24 @@ impl State {
                 else {
                     return;
                 };
-                let users = self.pods.values().filter(|p| {
-                    p.namespace == namespace && p.refs.contains(Kind::PersistentVolumeClaim, name)
-                });
-                dirty.extend(users.map(|p| p.site.clone()));
+                self.sites_of_users(KindOrd::PersistentVolumeClaim, namespace, name, dirty);
             }
-            Kind::ConfigMap | Kind::Secret | Kind::PersistentVolumeClaim => {
-                let users = self.pods.values().filter(|p| {
-                    p.namespace == object.namespace && p.refs.contains(object.key.kind, &object.name)
-                });
-                dirty.extend(users.map(|p| p.site.clone()));
+            Kind::ConfigMap => {
+                self.sites_of_users(KindOrd::ConfigMap, &object.namespace, &object.name, dirty);
+            }
+            Kind::Secret => {
+                self.sites_of_users(KindOrd::Secret, &object.namespace, &object.name, dirty);
+            }
+            Kind::PersistentVolumeClaim => {
+                let kind = KindOrd::PersistentVolumeClaim;
+                self.sites_of_users(kind, &object.namespace, &object.name, dirty);
+            }
+            Kind::Service if object.namespace == "default" && object.name == "kubernetes" => {
+                dirty.extend(self.pods.values().map(|p| p.site.clone()));
             }
             Kind::Service => {
-                let everywhere = object.namespace == "default" && object.name == "kubernetes";
-                let users = self
-                    .pods
-                    .values()
-                    .filter(|p| everywhere || p.namespace == object.namespace);
-                dirty.extend(users.map(|p| p.site.clone()));
+                let users = self.pods_by_namespace.of(&object.namespace);
+                dirty.extend(users.filter_map(|uid| Some(self.pods.get(uid)?.site.clone())));
             }
             Kind::Node | Kind::Site => dirty.extend(object.name.parse::<SiteName>().ok()),
             Kind::Device => {
@@ -424,9 +483,109 @@ impl State {
     }
 }
 
-/// The node that the device controller has bound a device to.
+/// The node that the device controller has bound a device to; of any other object nothing.
 fn device_site(device: &Value) -> Option<&str> {
     device["status"]["nodeName"]
         .as_str()
         .filter(|name| !name.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn site(name: &str) -> SiteName {
+        name.parse().unwrap()
+    }
+
+    fn pod(uid: &str, namespace: &str, node: &str, config: &str) -> Value {
+        json!({"metadata": {"uid": uid, "name": uid, "namespace": namespace}, "spec": {
+            "nodeName": node, "containers": [],
+            "volumes": [{"name": "v", "configMap": {"name": config}}]}})
+    }
+
+    fn named(uid: &str, namespace: &str, more: Value) -> Value {
+        let mut value = json!({"metadata": {"uid": uid, "name": uid, "namespace": namespace}});
+        value
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        value
+    }
+
+    fn uids(mirror: &Mirror, name: &str) -> Vec<String> {
+        mirror
+            .desired(&site(name))
+            .objects
+            .keys()
+            .map(|key| key.uid.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn a_site_holds_its_pods_what_they_refer_to_its_services_and_its_devices_and_nothing_of_others() {
+        let mirror = Mirror::new();
+        mirror.apply(Kind::Pod, pod("a", "one", "harbour", "settings"));
+        mirror.apply(Kind::Pod, pod("b", "two", "mast", "settings"));
+        for namespace in ["one", "two"] {
+            let config = json!({"metadata": {"uid": format!("c-{namespace}"), "name": "settings", "namespace": namespace}});
+            mirror.apply(Kind::ConfigMap, config);
+            mirror.apply(
+                Kind::Service,
+                named(&format!("s-{namespace}"), namespace, json!({})),
+            );
+        }
+        mirror.apply(
+            Kind::Device,
+            named("d", "one", json!({"status": {"nodeName": "harbour"}})),
+        );
+        assert_eq!(uids(&mirror, "harbour"), ["a", "c-one", "s-one", "d"]);
+        assert_eq!(uids(&mirror, "mast"), ["b", "c-two", "s-two"]);
+        mirror.delete(Kind::Pod, &Uid::from("a"));
+        assert_eq!(uids(&mirror, "harbour"), ["d"]);
+    }
+
+    #[test]
+    fn only_sites_that_a_change_concerns_look_again() {
+        let mirror = Mirror::new();
+        mirror.apply(Kind::Pod, pod("a", "one", "harbour", "settings"));
+        mirror.apply(Kind::Pod, pod("b", "one", "mast", "other"));
+        let (mut harbour, mut mast) = (mirror.changes(&site("harbour")), mirror.changes(&site("mast")));
+        let mut moved = || {
+            let both = (harbour.has_changed().unwrap(), mast.has_changed().unwrap());
+            harbour.mark_unchanged();
+            mast.mark_unchanged();
+            both
+        };
+        assert_eq!(moved(), (false, false));
+        mirror.apply(
+            Kind::ConfigMap,
+            named("settings", "one", json!({"data": {"k": "v"}})),
+        );
+        assert_eq!(moved(), (true, false));
+        mirror.apply(Kind::Service, named("s", "one", json!({})));
+        assert_eq!(moved(), (true, true));
+        // The pod refers to something else now.
+        mirror.apply(Kind::Pod, pod("a", "one", "harbour", "newer"));
+        assert_eq!(moved(), (true, false));
+        mirror.apply(
+            Kind::ConfigMap,
+            named("settings", "one", json!({"data": {"k": "w"}})),
+        );
+        assert_eq!(moved(), (false, false));
+    }
+
+    #[test]
+    fn a_device_that_is_bound_to_another_site_concerns_both() {
+        let mirror = Mirror::new();
+        let bound = |node: &str| named("d", "one", json!({"status": {"nodeName": node}}));
+        mirror.apply(Kind::Device, bound("harbour"));
+        let (harbour, mast) = (mirror.changes(&site("harbour")), mirror.changes(&site("mast")));
+        mirror.apply(Kind::Device, bound("mast"));
+        assert!(harbour.has_changed().unwrap() && mast.has_changed().unwrap());
+        assert_eq!(uids(&mirror, "mast"), ["d"]);
+        assert!(uids(&mirror, "harbour").is_empty());
+    }
 }

@@ -7,6 +7,7 @@
 //! * Before [`Mirror::synced`] says so nothing may be concluded from an object's absence.
 //! * An object is in a site's set only if it is a pod or device bound to that site, or a pod of that set refers to it.
 
+mod index;
 mod mirror;
 mod object;
 mod watch;

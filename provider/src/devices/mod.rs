@@ -14,7 +14,9 @@ mod api;
 mod binding;
 mod controller;
 mod judge;
+mod reachable;
 mod report;
 
 pub use controller::run;
-pub use report::{apply_report, site_reachable};
+pub use reachable::tell;
+pub use report::apply_report;

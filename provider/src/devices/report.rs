@@ -1,16 +1,17 @@
 //! What sites report of their Devices, on its way to the API server.
 
 use jiff::Timestamp;
-use kube::api::{DynamicObject, ListParams};
+use kube::api::DynamicObject;
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use skerry_proto::SiteName;
 use skerry_proto::device::{Condition, DeviceStatus};
 use skerry_proto::link::DeviceStatusReport;
 
+use crate::cluster::Mirror;
 use crate::link::reports::Outcome;
 
-use super::api::{all, apply_status, namespaced, status_of};
+use super::api::{apply_status, namespaced, status_of};
 
 /// Field manager of what sites report.
 const REPORT_MANAGER: &str = "skerry-site";
@@ -54,15 +55,22 @@ pub async fn apply_report(client: Client, site: &SiteName, report: &DeviceStatus
 
 /// Sets `EdgeReachable` of all Devices bound to a site: `True` with a link, `Unknown` without. Values stay as they are.
 ///
-/// Fails on the first Device whose status cannot be written; call it again.
-pub async fn site_reachable(client: Client, site: &SiteName, reachable: bool) -> Result<(), kube::Error> {
-    let devices = all(client.clone()).list(&ListParams::default()).await?;
-    for device in devices {
-        if is_bound_to(&device, site) {
-            match set_reachable(&client, &device, reachable).await {
-                Err(kube::Error::Api(status)) if status.code == 404 => {}
-                result => result?,
-            }
+/// Fails on the first Device whose status cannot be written, which may be because the mirror is behind; call it again.
+pub(super) async fn site_reachable(
+    client: &Client,
+    mirror: &Mirror,
+    site: &SiteName,
+    reachable: bool,
+) -> Result<(), kube::Error> {
+    for object in mirror.devices_of(site) {
+        // One that cannot be read stops no other.
+        let Ok(device) = serde_json::from_value::<DynamicObject>(object.value.clone()) else {
+            tracing::error!(device = %object.name, namespace = %object.namespace, "a device cannot be read");
+            continue;
+        };
+        match set_reachable(client, &device, reachable).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            result => result?,
         }
     }
     Ok(())

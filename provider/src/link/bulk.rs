@@ -101,6 +101,7 @@ impl Bulk {
             if dirty && self.room() > 0 {
                 changes.mark_unchanged();
                 dirty = self.reconcile().await?;
+                self.session.begun.cancel();
             }
             tokio::select! {
                 () = over.cancelled() => return Ok(()),
@@ -119,8 +120,9 @@ impl Bulk {
                     dirty = true;
                 }
                 _ = token_check.tick() => {
+                    // Without tokens nothing comes of itself.
+                    dirty |= !self.failed.is_empty() || !self.expiry.is_empty();
                     self.failed.clear();
-                    dirty = true;
                 }
             }
         }

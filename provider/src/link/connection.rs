@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use prometheus_client::metrics::counter::Counter;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -23,6 +24,9 @@ use crate::pki::{Authority, SitePeer};
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Handshakes under way at one time; more wait in the kernel's queue.
 const HANDSHAKES: usize = 256;
+/// Connections that wait in the kernel for their handshake (it takes `net.core.somaxconn` at most): a few seconds' work.
+/// Who finds it full is not answered, and tries again as TCP does, after one, three and seven seconds.
+const BACKLOG: u32 = 4096;
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
@@ -39,13 +43,26 @@ pub struct Connection {
     peer: Peer,
 }
 
+/// Opens the listener of the link.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()
+    } else {
+        TcpSocket::new_v6()
+    }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// Accepts connections until `stop`, shakes hands concurrently, and yields the good ones.
 ///
-/// A peer that fails its handshake is logged and forgotten; the listener goes on.
+/// A peer that fails its handshake is logged, counted and forgotten; the listener goes on.
 pub fn serve(
     listener: TcpListener,
     tls: watch::Receiver<Arc<ServerConfig>>,
     authority: Authority,
+    refused: Counter,
     stop: CancellationToken,
 ) -> ReceiverStream<io::Result<Connection>> {
     let (ready, connections) = mpsc::channel(16);
@@ -68,15 +85,21 @@ pub fn serve(
                 }
             };
             let acceptor = TlsAcceptor::from(Arc::clone(&tls.borrow()));
-            let (ready, authority) = (ready.clone(), authority.clone());
+            let (ready, authority, refused) = (ready.clone(), authority.clone(), refused.clone());
             tokio::spawn(async move {
                 match tokio::time::timeout(HANDSHAKE_LIMIT, shake(stream, remote, acceptor, &authority)).await
                 {
                     Ok(Ok(connection)) => {
                         let _ = ready.send(Ok(connection)).await;
                     }
-                    Ok(Err(reason)) => tracing::info!(%remote, %reason, "a link connection was refused"),
-                    Err(_) => tracing::info!(%remote, "a link connection did not finish its TLS handshake"),
+                    Ok(Err(reason)) => {
+                        refused.inc();
+                        tracing::info!(%remote, %reason, "a link connection was refused");
+                    }
+                    Err(_) => {
+                        refused.inc();
+                        tracing::info!(%remote, "a link connection did not finish its TLS handshake");
+                    }
                 }
                 drop(place);
             });

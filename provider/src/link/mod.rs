@@ -8,6 +8,7 @@
 //! * A fenced session writes nothing more: every task of it ends with `Session::over`.
 //! * Reports about one object reach the API server in the order in which the edge made them.
 
+mod arrivals;
 mod bulk;
 mod connection;
 pub mod reports;
@@ -15,5 +16,6 @@ mod service;
 pub mod sessions;
 pub mod tunnels;
 
-pub use connection::{Peer, serve};
+pub use arrivals::Arrivals;
+pub use connection::{Peer, listen, serve};
 pub use service::{LinkDeps, LinkService, Timing};

@@ -8,13 +8,14 @@
 
 use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use skerry_proto::SiteName;
+use skerry_proto::limits::REPORT_WINDOW;
 use skerry_proto::link::report_result::Outcome as Wire;
 use skerry_proto::link::{CloudBulk, Report, ReportResult, cloud_bulk, report};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Status;
 
 use super::sessions::Session;
@@ -25,7 +26,8 @@ const LANES: usize = 6;
 const EVENT_LANES: usize = 2;
 /// The Node's own lane.
 const NODE_LANES: usize = 1;
-const LANE_QUEUE: usize = 64;
+/// Reports of one session that wait in its lanes: the edge's own window, twice.
+const ROOM: usize = 2 * REPORT_WINDOW;
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(15);
 
@@ -69,9 +71,29 @@ impl Reports {
     }
 }
 
-/// The lanes of one session. They end with it.
+/// The lanes of one session. They end with it. A lane without reports costs nothing: its task ends with its last report.
 pub(super) struct Lanes {
-    lanes: Vec<mpsc::Sender<Report>>,
+    shared: Arc<Shared>,
+    room: Arc<Semaphore>,
+}
+
+struct Shared {
+    reports: Arc<Reports>,
+    session: Session,
+    results: mpsc::Sender<Result<CloudBulk, Status>>,
+    lanes: Mutex<[Lane; LANES + EVENT_LANES + NODE_LANES]>,
+}
+
+#[derive(Default)]
+struct Lane {
+    waiting: VecDeque<Waiting>,
+    /// A task works on it.
+    busy: bool,
+}
+
+struct Waiting {
+    report: Report,
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Lanes {
@@ -80,22 +102,19 @@ impl Lanes {
         session: &Session,
         results: &mpsc::Sender<Result<CloudBulk, Status>>,
     ) -> Self {
-        let lanes = (0..LANES + EVENT_LANES + NODE_LANES)
-            .map(|_| {
-                let (sender, queue) = mpsc::channel(LANE_QUEUE);
-                let lane = Lane {
-                    reports: Arc::clone(reports),
-                    session: session.clone(),
-                    results: results.clone(),
-                };
-                tokio::spawn(lane.run(queue));
-                sender
-            })
-            .collect();
-        Self { lanes }
+        let shared = Shared {
+            reports: Arc::clone(reports),
+            session: session.clone(),
+            results: results.clone(),
+            lanes: Mutex::default(),
+        };
+        Self {
+            shared: Arc::new(shared),
+            room: Arc::new(Semaphore::new(ROOM)),
+        }
     }
 
-    /// Queues a report; waits while its lane is full, which holds back the edge.
+    /// Queues a report; waits while there is no room, which holds back the edge.
     pub(super) async fn take(&self, report: Report) {
         let mut hasher = DefaultHasher::new();
         subject(&report).hash(&mut hasher);
@@ -107,44 +126,64 @@ impl Lanes {
             Some(report::Report::NodeStatus(_)) => LANES + EVENT_LANES,
             _ => hash % LANES,
         };
-        // A closed lane belongs to a session that is over.
-        let _ = self.lanes[lane].send(report).await;
+        let place = tokio::select! {
+            () = self.shared.session.over.cancelled() => return,
+            // Never closed.
+            place = Arc::clone(&self.room).acquire_owned() => place.ok(),
+        };
+        let idle = {
+            let mut lanes = self.shared.lanes();
+            let lane = &mut lanes[lane];
+            lane.waiting.push_back(Waiting {
+                report,
+                _place: place,
+            });
+            !std::mem::replace(&mut lane.busy, true)
+        };
+        if idle {
+            tokio::spawn(Arc::clone(&self.shared).work(lane));
+        }
     }
 }
 
-struct Lane {
-    reports: Arc<Reports>,
-    session: Session,
-    results: mpsc::Sender<Result<CloudBulk, Status>>,
-}
+impl Shared {
+    fn lanes(&self) -> MutexGuard<'_, [Lane; LANES + EVENT_LANES + NODE_LANES]> {
+        // No code panics while it holds the lock.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
-impl Lane {
-    async fn run(self, mut queue: mpsc::Receiver<Report>) {
+    async fn work(self: Arc<Self>, lane: usize) {
         let over = self.session.over.clone();
-        let work = async {
-            let mut taken = VecDeque::new();
-            while let Some(report) = next(&mut taken, &mut queue).await {
-                let (outcome, message) = if taken.iter().any(|newer| supersedes(newer, &report)) {
-                    (Wire::Accepted, String::new())
-                } else {
-                    self.settle(&report).await
-                };
-                let result = ReportResult {
-                    seq: report.seq,
-                    outcome: outcome.into(),
-                    message,
-                };
-                let message = CloudBulk {
-                    message: Some(cloud_bulk::Message::ReportResult(result)),
-                };
-                if self.results.send(Ok(message)).await.is_err() {
-                    return;
-                }
-            }
-        };
         tokio::select! {
             () = over.cancelled() => {}
-            () = work => {}
+            () = self.empty(lane) => {}
+        }
+    }
+
+    /// Settles what waits in a lane, in order, until there is nothing left.
+    async fn empty(&self, lane: usize) {
+        loop {
+            let (next, needless) = {
+                let mut lanes = self.lanes();
+                let Some(next) = lanes[lane].next() else { return };
+                next
+            };
+            let (outcome, message) = if needless {
+                (Wire::Accepted, String::new())
+            } else {
+                self.settle(&next.report).await
+            };
+            let result = ReportResult {
+                seq: next.report.seq,
+                outcome: outcome.into(),
+                message,
+            };
+            let message = CloudBulk {
+                message: Some(cloud_bulk::Message::ReportResult(result)),
+            };
+            if self.results.send(Ok(message)).await.is_err() {
+                return;
+            }
         }
     }
 
@@ -167,17 +206,19 @@ impl Lane {
     }
 }
 
-/// The oldest report of a lane; `taken` are those behind it.
-async fn next(taken: &mut VecDeque<Report>, queue: &mut mpsc::Receiver<Report>) -> Option<Report> {
-    if taken.is_empty() {
-        taken.push_back(queue.recv().await?);
+impl Lane {
+    /// The oldest report, and whether a newer one behind it says the same and more. With none left the lane is idle.
+    fn next(&mut self) -> Option<(Waiting, bool)> {
+        let Some(next) = self.waiting.pop_front() else {
+            *self = Self::default();
+            return None;
+        };
+        let needless = self
+            .waiting
+            .iter()
+            .any(|newer| supersedes(&newer.report, &next.report));
+        Some((next, needless))
     }
-    while taken.len() < LANE_QUEUE
-        && let Ok(report) = queue.try_recv()
-    {
-        taken.push_back(report);
-    }
-    taken.pop_front()
 }
 
 /// A newer status of the same object says all that an older one did.
@@ -235,26 +276,80 @@ mod tests {
         assert!(!supersedes(&event, &event));
     }
 
-    #[tokio::test]
-    async fn a_lane_gives_the_oldest_and_shows_what_is_behind_it() {
-        let (sender, mut queue) = mpsc::channel(LANE_QUEUE);
-        for seq in 1..=3 {
-            sender.send(status(seq, "a")).await.unwrap();
+    #[test]
+    fn a_lane_gives_the_oldest_and_knows_what_a_newer_one_makes_needless() {
+        let mut lane = Lane {
+            busy: true,
+            ..Lane::default()
+        };
+        for (seq, uid) in [(1, "a"), (2, "b"), (3, "a")] {
+            lane.waiting.push_back(Waiting {
+                report: status(seq, uid),
+                _place: None,
+            });
         }
-        drop(sender);
-        let mut taken = VecDeque::new();
-        assert_eq!(
-            next(&mut taken, &mut queue).await.map(|r| (r.seq, taken.len())),
-            Some((1, 2))
-        );
-        assert_eq!(
-            next(&mut taken, &mut queue).await.map(|r| (r.seq, taken.len())),
-            Some((2, 1))
-        );
-        assert_eq!(
-            next(&mut taken, &mut queue).await.map(|r| (r.seq, taken.len())),
-            Some((3, 0))
-        );
-        assert_eq!(next(&mut taken, &mut queue).await, None);
+        let mut next = || {
+            lane.next()
+                .map(|(waiting, needless)| (waiting.report.seq, needless))
+        };
+        assert_eq!(next(), Some((1, true)));
+        assert_eq!(next(), Some((2, false)));
+        assert_eq!(next(), Some((3, false)));
+        assert_eq!(next(), None);
+        assert!(!lane.busy);
+    }
+
+    struct Slow(mpsc::UnboundedSender<u64>);
+
+    #[tonic::async_trait]
+    impl ReportSink for Slow {
+        async fn take(&self, _: &SiteName, report: &Report) -> Outcome {
+            tokio::time::sleep(Duration::from_millis(report.seq % 7)).await;
+            let _ = self.0.send(report.seq);
+            Outcome::Accepted
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reports_of_one_object_arrive_in_order_and_each_gets_its_result() {
+        let (taken, mut order) = mpsc::unbounded_channel();
+        let (results, mut answers) = mpsc::channel(8);
+        let session = Session {
+            id: "s".to_owned(),
+            peer: crate::pki::SitePeer {
+                site: "harbour".parse().unwrap(),
+                uid: skerry_proto::object::Uid::from("u"),
+                not_after: jiff::Timestamp::MAX,
+            },
+            over: tokio_util::sync::CancellationToken::new(),
+            begun: tokio_util::sync::CancellationToken::new(),
+        };
+        let lanes = Lanes::start(&Arc::new(Reports::new(Slow(taken))), &session, &results);
+        for seq in 1..=100 {
+            let event = EventReport {
+                uid: format!("pod-{}", seq % 5),
+                ..Default::default()
+            };
+            lanes
+                .take(Report {
+                    seq,
+                    report: Some(report::Report::Event(event)),
+                    ..Default::default()
+                })
+                .await;
+            // Lanes run dry in between, and start again.
+            if seq % 10 == 0 {
+                for _ in 0..10 {
+                    answers.recv().await.unwrap().unwrap();
+                }
+            }
+        }
+        let mut newest = [0; 5];
+        for _ in 0..100 {
+            let seq = order.recv().await.unwrap();
+            let place = usize::try_from(seq % 5).unwrap();
+            assert!(newest[place] < seq);
+            newest[place] = seq;
+        }
     }
 }

@@ -16,6 +16,7 @@ use skerry_proto::link::{
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::arrivals::{Arrivals, ComeBack};
 use super::bulk::Bulk;
 use super::connection::Peer;
 use super::reports::Reports;
@@ -54,6 +55,8 @@ pub struct LinkDeps {
     pub authority: Authority,
     /// Where reports go.
     pub reports: Arc<Reports>,
+    /// Who may begin a session now.
+    pub arrivals: Arrivals,
     /// Heartbeats.
     pub timing: Timing,
 }
@@ -110,6 +113,10 @@ impl link_server::Link for LinkService {
             ));
         };
         let protocol = self.greet(&site, &hello)?;
+        let place = match self.deps.arrivals.admit().await {
+            Ok(place) => place,
+            Err(ComeBack(after)) => return Ok(Response::new(come_back(after))),
+        };
         let (orders, queue) = mpsc::channel(CONTROL_QUEUE);
         let now = Timestamp::now();
         let session = self.deps.sessions.begin(&peer, &hello, orders.clone(), now);
@@ -128,6 +135,7 @@ impl link_server::Link for LinkService {
         let _ = orders.try_send(Ok(CloudControl {
             message: Some(cloud_control::Message::Welcome(welcome)),
         }));
+        tokio::spawn(place.until(session.clone().settled()));
         tokio::spawn(listen(Arc::clone(&self.deps), session.clone(), inbound, orders));
         Ok(Response::new(Box::pin(until_over(queue, session))))
     }
@@ -276,6 +284,18 @@ async fn listen(
         deps.tunnels.drop_site(&session.peer.site);
     }
     tracing::info!(site = %session.peer.site, session = %session.id, %reason, "a site's session ended");
+}
+
+/// The answer to a site for which there is no room yet.
+fn come_back(after: Duration) -> Answers<CloudControl> {
+    let goodbye = link::Goodbye {
+        reason: "the provider is busy with other sites that came at the same time".to_owned(),
+        retry_after_millis: millis(after),
+    };
+    let message = CloudControl {
+        message: Some(cloud_control::Message::Goodbye(goodbye)),
+    };
+    Box::pin(futures::stream::once(async { Ok(message) }))
 }
 
 /// The messages of a queue until the session is over; what was queued before its end still goes out.

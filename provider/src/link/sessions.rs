@@ -45,6 +45,18 @@ pub struct Session {
     pub peer: SitePeer,
     /// Cancelled when the session ends, for whatever reason.
     pub over: CancellationToken,
+    /// Cancelled when the first comparison of inventories has been sent: the dear part of the beginning is over.
+    pub begun: CancellationToken,
+}
+
+impl Session {
+    /// Waits until the session has begun for good, or is over.
+    pub(super) async fn settled(self) {
+        tokio::select! {
+            () = self.over.cancelled() => {}
+            () = self.begun.cancelled() => {}
+        }
+    }
 }
 
 struct Entry {
@@ -90,6 +102,7 @@ impl Sessions {
             id: uuid::Uuid::new_v4().simple().to_string(),
             peer: peer.clone(),
             over: CancellationToken::new(),
+            begun: CancellationToken::new(),
         };
         let entry = Entry {
             session: session.clone(),

@@ -1,34 +1,36 @@
 //! One task per Site: keeps its Node, Lease and status true to its link.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams, PostParams};
-use serde_json::{Value, json};
+use serde_json::json;
 use skerry_proto::SiteName;
 use skerry_proto::link::Kind;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::schedule::{jittered, last_seen_period, lease_period};
+use super::site_status::{Facts, SiteStatus};
 use super::status::mark_away;
+use super::writes::NodeWrites;
 use crate::cluster::{Mirror, Object};
 use crate::link::sessions::{LinkState, Sessions};
 use crate::metrics::Metrics;
 use crate::pods::tolerations;
-use crate::sites;
 
-/// How often a lease is renewed, as a kubelet does.
-const LEASE_RENEWAL: Duration = Duration::from_secs(10);
+/// How often a keeper looks whether something is left to do, for what has failed.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// `leaseDurationSeconds`, as a kubelet writes it.
 const LEASE_SECONDS: i32 = 40;
 /// How often new Sites are looked for.
 const LOOK: Duration = Duration::from_secs(1);
-/// A Site's `lastSeen` is written at least this often while it is heard.
-const LAST_SEEN_EVERY: SignedDuration = SignedDuration::from_secs(60);
 
 /// What the keepers work with.
 pub struct NodeDeps {
@@ -44,6 +46,8 @@ pub struct NodeDeps {
     pub metrics: Arc<Metrics>,
     /// Tells the devices of a site that it came or went.
     pub reachability: tokio::sync::mpsc::UnboundedSender<(SiteName, bool)>,
+    /// Whose turn it is to write a Node.
+    pub writes: Arc<NodeWrites>,
 }
 
 /// Runs a keeper for every Site until `stop`.
@@ -51,13 +55,16 @@ pub async fn run(deps: Arc<NodeDeps>, stop: CancellationToken) {
     deps.mirror.synced().await;
     let mut keepers: HashMap<SiteName, JoinHandle<()>> = HashMap::new();
     let mut look = tokio::time::interval(LOOK);
+    let count = Arc::new(AtomicUsize::new(0));
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = look.tick() => {}
         }
         keepers.retain(|_, keeper| !keeper.is_finished());
-        for object in deps.mirror.all(Kind::Site) {
+        let sites = deps.mirror.all(Kind::Site);
+        count.store(sites.len(), Ordering::Relaxed);
+        for object in sites {
             let Ok(site) = object.name.parse::<SiteName>() else {
                 continue;
             };
@@ -65,7 +72,10 @@ pub async fn run(deps: Arc<NodeDeps>, stop: CancellationToken) {
                 let keeper = Keeper {
                     deps: Arc::clone(&deps),
                     site,
+                    sites: Arc::clone(&count),
                     said_away: None,
+                    status: SiteStatus::default(),
+                    lease_due: None,
                 };
                 tokio::spawn(keeper.run(stop.clone()))
             });
@@ -76,38 +86,50 @@ pub async fn run(deps: Arc<NodeDeps>, stop: CancellationToken) {
 struct Keeper {
     deps: Arc<NodeDeps>,
     site: SiteName,
+    /// How many Sites there are.
+    sites: Arc<AtomicUsize>,
     /// What was last told to the devices room.
     said_away: Option<bool>,
+    status: SiteStatus,
+    /// When the lease is renewed next; `None` while the site is not heard.
+    lease_due: Option<Instant>,
 }
 
 impl Keeper {
     async fn run(mut self, stop: CancellationToken) {
         let mut link = self.deps.sessions.watch(&self.site);
         let mut changes = self.deps.mirror.changes(&self.site);
-        let mut renewal = tokio::time::interval(LEASE_RENEWAL);
-        renewal.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut again = Instant::now();
         loop {
             let state = link.borrow_and_update().clone();
             let patience = self.patience(&state, Timestamp::now());
-            let renew = tokio::select! {
+            let next = again.min(self.lease_due.unwrap_or(again));
+            let next = patience.map_or(next, |patience| next.min(Instant::now() + patience));
+            tokio::select! {
                 () = stop.cancelled() => return,
-                _ = link.changed() => true,
-                _ = changes.changed() => false,
-                _ = renewal.tick() => true,
-                () = tokio::time::sleep(patience.unwrap_or(LEASE_RENEWAL)), if patience.is_some() => true,
-            };
+                _ = link.changed() => {}
+                _ = changes.changed() => {}
+                () = tokio::time::sleep_until(next) => {}
+            }
             let Some(site) = self.deps.mirror.named(Kind::Site, "", self.site.as_str()) else {
                 self.deps
                     .sessions
                     .dismiss(&self.site, "the Site was deleted", 60_000);
                 self.deps.metrics.forget_site(&self.site);
                 self.deps.metrics.forget_drops(&self.site, &link.borrow().drops);
+                self.deps.writes.forget(&self.site);
                 return;
             };
             self.deps.sessions.dismiss_earlier(&self.site, &site.key.uid);
             let state = link.borrow().clone();
-            if let Err(error) = self.step(&site, &state, renew).await {
-                tracing::warn!(site = %self.site, %error, "the site's Node could not be brought up to date; it is tried again");
+            let rest = Instant::now() + jittered(LOOK_AGAIN);
+            match self.step(&site, &state).await {
+                Ok(wanted) => again = wanted.unwrap_or(rest).min(rest),
+                Err(error) => {
+                    again = rest;
+                    self.lease_due = self.lease_due.map(|due| due.max(rest));
+                    tracing::warn!(site = %self.site, %error, "the site's Node could not be brought up to date; it is tried again");
+                }
             }
         }
     }
@@ -122,7 +144,8 @@ impl Keeper {
         Some(self.deps.deadline.saturating_sub(silent))
     }
 
-    async fn step(&mut self, site: &Object, state: &LinkState, renew: bool) -> Result<(), kube::Error> {
+    /// Does what is to be done now; answers when to come again, if that is known.
+    async fn step(&mut self, site: &Object, state: &LinkState) -> Result<Option<Instant>, kube::Error> {
         let now = Timestamp::now();
         let away = !state.online && self.patience(state, now).is_none_or(|left| left.is_zero());
         let enrolled = site.value["status"]["state"].is_string();
@@ -130,10 +153,19 @@ impl Keeper {
         self.deps.metrics.set_drops(&self.site, &state.drops);
         let pods = self.deps.mirror.pods_of(&self.site);
         let node = self.deps.mirror.named(Kind::Node, "", self.site.as_str());
+        let mut told = Ok(None);
         if state.online || away {
             self.tell_devices(away);
             if enrolled || state.online {
-                self.write_site(site, state, pods.len(), now).await?;
+                let facts = Facts {
+                    link: state,
+                    pods: pods.len(),
+                    last_seen: last_seen_period(self.sites.load(Ordering::Relaxed)),
+                };
+                told = self
+                    .status
+                    .write(&self.deps.client, &self.site, site, &facts)
+                    .await;
             }
         }
         for pod in pods.iter().filter(|pod| tolerations::due(pod, state.online, now)) {
@@ -143,12 +175,34 @@ impl Keeper {
                     "a pod could not be protected from eviction; it is tried again");
             }
         }
-        let Some(node) = node else { return Ok(()) };
-        if state.online && renew {
-            self.renew_lease(&node, now).await?;
-        }
+        let Some(node) = node else {
+            self.lease_due = None;
+            return told;
+        };
         if away {
-            mark_away(&self.deps.client, &node, state.last_heard, now).await?;
+            let deps = &self.deps;
+            mark_away(&deps.client, &deps.writes, &deps.sessions, &self.site, &node, now).await?;
+        }
+        self.keep_lease(&node, state.online, now).await?;
+        told
+    }
+
+    /// Renews the lease of a site that is heard when it is due.
+    async fn keep_lease(&mut self, node: &Object, online: bool, now: Timestamp) -> Result<(), kube::Error> {
+        if !online {
+            self.lease_due = None;
+            return Ok(());
+        }
+        let period = lease_period(self.sites.load(Ordering::Relaxed));
+        match self.lease_due {
+            // It has just come: its report renews the Node, and the leases of all who came together are spread.
+            None => self.lease_due = Some(Instant::now() + period.mul_f64(rand::random_range(0.0..=0.5))),
+            Some(due) if due <= Instant::now() => {
+                // Also after a failure: the API server is asked for no more than that.
+                self.lease_due = Some(Instant::now() + jittered(period));
+                self.renew_lease(node, now).await?;
+            }
+            Some(_) => {}
         }
         Ok(())
     }
@@ -186,53 +240,4 @@ impl Keeper {
         .map_err(kube::Error::SerdeError)?;
         leases.create(&PostParams::default(), &lease).await.map(|_| ())
     }
-
-    /// Writes the Site's status when it says something new, or its `lastSeen` is old.
-    async fn write_site(
-        &self,
-        site: &Object,
-        state: &LinkState,
-        pods: usize,
-        now: Timestamp,
-    ) -> Result<(), kube::Error> {
-        let current = &site.value["status"];
-        let word = if state.online { "Online" } else { "Offline" };
-        let mut status = serde_json::Map::new();
-        let mut set = |field: &str, value: Value| {
-            if current.get(field) != Some(&value) {
-                status.insert(field.to_owned(), value);
-            }
-        };
-        set("state", Value::from(word));
-        set("pods", Value::from(pods));
-        if !state.version.is_empty() {
-            set("version", Value::from(state.version.clone()));
-            set("bootID", Value::from(state.boot_id.clone()));
-        }
-        if !state.drops.is_empty() {
-            set("drops", drops(&state.drops));
-        }
-        let written = current["lastSeen"]
-            .as_str()
-            .and_then(|t| t.parse::<Timestamp>().ok());
-        let stale = written.is_none_or(|time| now.duration_since(time) >= LAST_SEEN_EVERY);
-        if let Some(heard) = state.last_heard
-            && (!status.is_empty() || (state.online && stale))
-        {
-            status.insert(
-                "lastSeen".to_owned(),
-                Value::from(heard.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()),
-            );
-        }
-        if status.is_empty() {
-            return Ok(());
-        }
-        sites::patch_status(&self.deps.client, &self.site, Value::Object(status)).await
-    }
-}
-
-/// Dropped reports for the Site's status, by lane.
-fn drops(drops: &BTreeMap<(String, String), u64>) -> Value {
-    let line = |((lane, reason), count): (&(String, String), &u64)| json!({"lane": lane, "reason": reason, "count": count});
-    Value::from(drops.iter().map(line).collect::<Vec<_>>())
 }

@@ -10,6 +10,10 @@
 //!   so: conditions become Unknown with the reason [`status::AWAY_REASON`].
 
 mod keeper;
+mod schedule;
+mod site_status;
 pub mod status;
+mod writes;
 
 pub use keeper::{NodeDeps, run};
+pub use writes::NodeWrites;

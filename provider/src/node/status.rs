@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Node;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams, PostParams};
@@ -12,6 +12,10 @@ use skerry_proto::link::{Kind, NodeStatusReport};
 
 use crate::cluster::{Mirror, Object};
 use crate::link::reports::{Outcome, outcome_of};
+use crate::link::sessions::Sessions;
+
+use super::NodeWrites;
+use super::writes::holds;
 
 /// Reason of the conditions of a Node whose site is not heard.
 pub const AWAY_REASON: &str = "EdgeDisconnected";
@@ -34,6 +38,9 @@ const MEASURED: [&str; 7] = [
     "declaredFeatures",
 ];
 
+/// A status that says nothing new is written again after this long, as a kubelet does every five minutes.
+const HEARTBEAT: SignedDuration = SignedDuration::from_secs(270);
+
 /// Where the API server reaches the kubelet endpoint of every site: this provider.
 #[derive(Clone, Debug)]
 pub struct KubeletAddress {
@@ -43,10 +50,12 @@ pub struct KubeletAddress {
     pub port: u16,
 }
 
-/// Takes a site's measurements to its Node, which is created when it does not exist.
+/// Takes a site's measurements to its Node, which is created when it does not exist. Writes nothing when the Node says all
+/// that already, and has done so for less than [`HEARTBEAT`]: sites report at each reconnection.
 pub async fn apply(
     client: &Client,
     mirror: &Mirror,
+    writes: &NodeWrites,
     address: &KubeletAddress,
     site: &SiteName,
     report: &NodeStatusReport,
@@ -59,17 +68,26 @@ pub async fn apply(
     };
     let nodes: Api<Node> = Api::all(client.clone());
     let labels = labels(site, &owner, &report.labels);
+    let mut newest = writes.turn(site).await;
     let known = mirror.named(Kind::Node, "", site.as_str());
     if let Err(outcome) = register(&nodes, site, &owner, known.as_deref(), &labels).await {
         return outcome;
     }
     let current = known.as_ref().map_or(&Value::Null, |node| &node.value["status"]);
-    let patch = status_patch(&measured, current, address, Timestamp::now());
+    let now = Timestamp::now();
+    let patch = status_patch(&measured, current, address, now);
+    let in_doubt = known.as_ref().is_none_or(|node| newest.outruns(node));
+    if !in_doubt && says(current, &patch["status"], now) {
+        return Outcome::Accepted;
+    }
     match nodes
         .patch_status(site.as_str(), &PatchParams::default(), &Patch::Strategic(&patch))
         .await
     {
-        Ok(_) => Outcome::Accepted,
+        Ok(node) => {
+            newest.note(node.metadata.resource_version.as_deref());
+            Outcome::Accepted
+        }
         // The informer has not seen a deletion yet; the next try creates the Node.
         Err(kube::Error::Api(status)) if status.code == 404 => Outcome::Retry("the Node is gone".to_owned()),
         Err(error) => outcome_of(&error),
@@ -186,6 +204,38 @@ fn status_patch(
     json!({"status": status})
 }
 
+/// Whether a Node's status holds all that a patch would bring, and its heartbeat is young.
+fn says(current: &Value, patch: &Value, now: Timestamp) -> bool {
+    let fields = patch.as_object().into_iter().flatten();
+    let mut measured = fields.filter(|(field, _)| !matches!(field.as_str(), "conditions" | "addresses"));
+    // The first item of the patch says that the list is replaced.
+    let addresses = patch["addresses"]
+        .as_array()
+        .map_or(&[][..], |all| all.get(1..).unwrap_or_default());
+    measured.all(|(field, value)| holds(&current[field], value))
+        && holds(&current["addresses"], &Value::from(addresses))
+        && patch["conditions"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .all(|condition| {
+                let existing = current["conditions"].as_array().into_iter().flatten();
+                let mut same = existing.filter(|c| c["type"] == condition["type"]);
+                same.next().is_some_and(|c| stands(c, condition, now))
+            })
+}
+
+/// Whether a condition says the same as another that would take its place, and was written not long ago.
+fn stands(current: &Value, newer: &Value, now: Timestamp) -> bool {
+    let heartbeat = current["lastHeartbeatTime"]
+        .as_str()
+        .and_then(|t| t.parse::<Timestamp>().ok());
+    ["status", "reason", "message"]
+        .iter()
+        .all(|field| current[field] == newer[field])
+        && heartbeat.is_some_and(|time| now.duration_since(time) < HEARTBEAT)
+}
+
 /// Conditions with both times: the transition time moves only with the status.
 fn stamped(conditions: Vec<Value>, current: &Value, now: Timestamp) -> Value {
     let now = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
@@ -205,13 +255,22 @@ fn stamped(conditions: Vec<Value>, current: &Value, now: Timestamp) -> Value {
     Value::Array(conditions.into_iter().map(stamp).collect())
 }
 
-/// Says of a Node that its site is not heard since then. Does nothing when it says so already.
-pub async fn mark_away(
+/// Says of a Node that its site is not heard since then. Does nothing when it says so already, or when the site is heard
+/// by now.
+pub(super) async fn mark_away(
     client: &Client,
+    writes: &NodeWrites,
+    sessions: &Sessions,
+    site: &SiteName,
     node: &Object,
-    last_heard: Option<Timestamp>,
     now: Timestamp,
 ) -> Result<(), kube::Error> {
+    let mut newest = writes.turn(site).await;
+    let link = sessions.watch(site).borrow().clone();
+    if link.online {
+        return Ok(());
+    }
+    let last_heard = link.last_heard;
     let current = &node.value["status"];
     let conditions = current["conditions"].as_array().cloned().unwrap_or_default();
     let since = last_heard.map_or_else(
@@ -233,7 +292,10 @@ pub async fn mark_away(
         .patch_status(&node.name, &PatchParams::default(), &Patch::Strategic(&patch))
         .await
     {
-        Ok(_) => Ok(()),
+        Ok(node) => {
+            newest.note(node.metadata.resource_version.as_deref());
+            Ok(())
+        }
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         Err(error) => Err(error),
     }
@@ -278,6 +340,36 @@ mod tests {
         assert_eq!(same[0]["lastHeartbeatTime"], "2026-02-02T00:00:00Z");
         let other = stamped(vec![json!({"type": "Ready", "status": "False"})], &current, now);
         assert_eq!(other[0]["lastTransitionTime"], "2026-02-02T00:00:00Z");
+    }
+
+    #[test]
+    fn a_status_that_says_nothing_new_is_written_again_only_when_its_heartbeat_is_old() {
+        let measured = json!({"capacity": {"cpu": "2"}, "images": [], "conditions": [
+            {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "m"}]});
+        let address = KubeletAddress {
+            ip: "10.9.8.7".parse().unwrap(),
+            port: 10250,
+        };
+        let now: Timestamp = "2026-02-02T00:00:00Z".parse().unwrap();
+        let patch = |current: &Value, at| {
+            status_patch(measured.as_object().unwrap(), current, &address, at)["status"].clone()
+        };
+        let first = patch(&Value::Null, now);
+        let mut written = first.clone();
+        // As the API shows it: without the directive and without the empty list, and with a field of another's.
+        written["addresses"].as_array_mut().unwrap().remove(0);
+        written.as_object_mut().unwrap().remove("images");
+        written["capacity"]["example.com/gpu"] = json!("1");
+        let later = now + SignedDuration::from_secs(60);
+        assert!(says(&written, &patch(&written, later), later));
+        let late = now + SignedDuration::from_secs(300);
+        assert!(!says(&written, &patch(&written, late), late));
+        let mut away = written.clone();
+        away["conditions"][0]["status"] = json!("Unknown");
+        assert!(!says(&away, &patch(&away, later), later));
+        let mut elsewhere = written;
+        elsewhere["addresses"][0]["address"] = json!("10.0.0.1");
+        assert!(!says(&elsewhere, &patch(&elsewhere, later), later));
     }
 
     #[test]

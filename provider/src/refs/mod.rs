@@ -40,7 +40,7 @@ pub struct PodRefs {
 }
 
 /// The referable kinds of a pod's namespace, ordered so that they can stand in a set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum KindOrd {
     /// A ConfigMap.
     ConfigMap,
