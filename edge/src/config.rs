@@ -2,6 +2,7 @@
 
 mod duties;
 mod outbox;
+mod shown;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -17,6 +18,7 @@ use crate::node::{Reserved, Shares};
 
 pub use duties::{Duties, DutySettings};
 pub use outbox::OutboxSettings;
+pub(crate) use shown::shown;
 pub use skerry_telemetry::config::ConfigError;
 
 /// Read when it exists and no other file is named.

@@ -96,6 +96,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             pod_pids_limit: config.pod_pids_limit,
             data_dir: config.data_dir.clone(),
             dead: config.duties.dead,
+            seccomp_dir: config.duties.seccomp_dir.clone(),
+            seccomp_default: config.duties.seccomp_default,
+            parallel_pulls: config.duties.parallel_pulls,
             ..PodsConfig::default()
         },
         store.clone(),
@@ -111,8 +114,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         },
         Arc::clone(&runtime),
     );
-    pods.starts()
-        .register(&mut kubelet_registry.lock().unwrap_or_else(PoisonError::into_inner));
+    {
+        let mut registry = kubelet_registry.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.starts().register(&mut registry);
+        pods.terminations().register(&mut registry);
+    }
     let inspect = Inspect {
         node_name: site.to_string(),
         stats: stats.clone(),
@@ -254,7 +260,7 @@ fn config_facts(config: &Config) -> ConfigFacts {
             RuntimeKind::Process => String::new(),
         },
         pod_log_dir: config.pod_log_dir.display().to_string(),
-        more: Vec::new(),
+        more: crate::config::shown(config),
     }
 }
 

@@ -83,6 +83,14 @@ impl Registry {
             "type": "kubernetes.io/dockerconfigjson", "stringData": {".dockerconfigjson": config.to_string()}})
         .to_string()
     }
+
+    /// The same in the older form.
+    pub fn legacy_secret(&self, name: &str) -> String {
+        let config = json!({self.host(): {"username": USER, "password": PASSWORD}});
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name},
+            "type": "kubernetes.io/dockercfg", "stringData": {".dockercfg": config.to_string()}})
+        .to_string()
+    }
 }
 
 fn ctr(site: &Site, args: &[&str]) -> String {

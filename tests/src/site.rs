@@ -175,6 +175,23 @@ impl Site {
         self.edge = Some(daemon);
     }
 
+    /// Starts the daemon on a machine that says it was booted under that id: the kernel's own cannot be changed, but
+    /// what the daemon sees of it can. As root only.
+    pub fn start_edge_after_boot(&mut self, boot_id: &str) {
+        let file = self.dir.join("boot_id");
+        std::fs::write(&file, format!("{boot_id}\n")).expect("the file can be written");
+        let edge = self.edge_command();
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "sh", "-c"])
+            .arg("mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"")
+            .arg(&file)
+            .arg(edge.get_program())
+            .args(edge.get_args());
+        let daemon = Daemon::start("skerry-edge", command, &self.dir.join("edge.log"));
+        self.edge = Some(daemon);
+    }
+
     /// `kill -9` of the daemon alone.
     pub fn kill_edge(&mut self) {
         self.edge.take().expect("the daemon runs").kill();

@@ -104,6 +104,15 @@ settings! {
         /// Longest grace of pods that a soft threshold evicts, in seconds [default: 0]
         #[arg(long, env = "SKERRY_EVICTION_MAX_POD_GRACE_PERIOD", value_name = "SECONDS")]
         eviction_max_pod_grace_period: u32,
+        /// Directory of the seccomp profiles that pods name as Localhost [default: /var/lib/kubelet/seccomp]
+        #[arg(long, env = "SKERRY_SECCOMP_PROFILE_ROOT", value_name = "DIR")]
+        seccomp_profile_root: PathBuf,
+        /// Containers without a seccomp profile get the engine's own instead of none [default: false]
+        #[arg(long, env = "SKERRY_SECCOMP_DEFAULT", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+        seccomp_default: bool,
+        /// Most images that are pulled at one time [default: 3]
+        #[arg(long, env = "SKERRY_MAX_PARALLEL_IMAGE_PULLS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        max_parallel_image_pulls: u32,
         /// How often the signals are looked at [default: 10s]
         #[arg(long, env = "SKERRY_EVICTION_MONITORING_PERIOD", value_name = "DURATION")]
         eviction_monitoring_period: String,
@@ -125,6 +134,12 @@ pub struct Duties {
     pub manifests: Option<ManifestsConfig>,
     /// How the machine's shutdown ends pods.
     pub shutdown: ShutdownPolicy,
+    /// Where the seccomp profiles of pods are.
+    pub seccomp_dir: PathBuf,
+    /// Containers without a seccomp profile get the engine's own.
+    pub seccomp_default: bool,
+    /// Most images that are pulled at one time.
+    pub parallel_pulls: usize,
 }
 
 impl DutySettings {
@@ -246,6 +261,12 @@ impl DutySettings {
             eviction,
             manifests,
             shutdown,
+            seccomp_dir: self.seccomp_profile_root.map_or_else(
+                || PathBuf::from("/var/lib/kubelet/seccomp"),
+                |directory| std::path::absolute(&directory).unwrap_or(directory),
+            ),
+            seccomp_default: self.seccomp_default.unwrap_or(false),
+            parallel_pulls: self.max_parallel_image_pulls.map_or(3, |n| n as usize),
         })
     }
 }

@@ -138,7 +138,8 @@ impl Manager {
         if limited.is_empty() {
             return false;
         }
-        let Ok(snapshot) = self.deps.stats.snapshot(FRESH).await else {
+        let watched = limited.iter().map(|(uid, _)| uid.clone()).collect();
+        let Ok(snapshot) = self.deps.stats.snapshot_watching(watched).await else {
             return false;
         };
         let layout = layout(&snapshot.summary.node);

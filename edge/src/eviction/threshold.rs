@@ -244,6 +244,16 @@ fn pairs(key: &'static str, text: &str, separator: char) -> Result<BTreeMap<Sign
     Ok(found)
 }
 
+impl fmt::Display for Amount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Absolute(value) => Bytes(*value).fmt(f),
+            // Settings have at most a few digits; what binary fractions add to them is cut off.
+            Self::Share(share) => write!(f, "{}%", (share * 100_000.0).round() / 1000.0),
+        }
+    }
+}
+
 /// Bytes as Kubernetes prints them: the largest binary unit that divides them.
 pub(super) struct Bytes(pub(super) u64);
 
@@ -289,6 +299,13 @@ mod tests {
         assert_eq!(all[0].grace, Duration::from_secs(90));
         assert_eq!(all[0].reclaim, Amount::Share(0.1));
         assert_eq!(all[1].reclaim, Amount::Absolute(0));
+    }
+
+    #[test]
+    fn an_amount_is_printed_as_it_is_set() {
+        for text in ["100Mi", "10%", "0.5%", "1000", "29%"] {
+            assert_eq!(Amount::parse(text).unwrap().to_string(), text);
+        }
     }
 
     #[test]

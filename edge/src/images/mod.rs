@@ -58,10 +58,19 @@ impl Default for Policy {
     }
 }
 
+/// Takes a list of the runtime's images, and forgets what is remembered of others.
+pub type Forget = Box<dyn FnOnce(&[Image]) + Send>;
+
 /// Tells which images pods need.
 pub trait Needs: Send + Sync + 'static {
     /// Names of the images of every pod of this site, as their specs have them. Complete or an error.
     fn images(&self) -> Result<BTreeSet<String>, NeedsError>;
+
+    /// Asked before the runtime's images are listed; what it answers takes the list, and forgets what is remembered of
+    /// others.
+    fn before_listing(&self) -> Forget {
+        Box::new(|_| {})
+    }
 }
 
 /// The pods' needs cannot be told. Nothing may be removed; the next look tries again.
@@ -263,7 +272,9 @@ impl Collector {
         // Before the list: what is pulled in between is young, and young images stay.
         let names = shared.needs.images()?;
         let in_use = shared.runtime.images_in_use().await?;
+        let forget_others = shared.needs.before_listing();
         let there = shared.runtime.list_images().await?;
+        forget_others(&there);
         let mut needed = BTreeSet::new();
         for name in &names {
             // The runtime completes a short name by its own rules.

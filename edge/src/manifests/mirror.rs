@@ -49,17 +49,17 @@ pub(crate) async fn run(
         tokio::select! {
             () = stop.cancelled() => return,
             changed = statics.changed() => if changed.is_err() { return },
-            alive = pod_changed(&mut objects) => if !alive { return },
+            alive = something_changed(&mut objects) => if !alive { return },
             () = tokio::time::sleep(AGAIN) => {}
         }
     }
 }
 
-/// Waits for a change of some stored pod; false when the store is gone.
-async fn pod_changed(objects: &mut broadcast::Receiver<crate::store::ObjectChanged>) -> bool {
+/// Waits for a change of some stored pod, or of the Node; false when the store is gone.
+async fn something_changed(objects: &mut broadcast::Receiver<crate::store::ObjectChanged>) -> bool {
     loop {
         match objects.recv().await {
-            Ok(notice) if notice.key.kind == Kind::Pod => return true,
+            Ok(notice) if matches!(notice.key.kind, Kind::Pod | Kind::Node) => return true,
             Ok(_) => {}
             Err(broadcast::error::RecvError::Lagged(_)) => return true,
             Err(broadcast::error::RecvError::Closed) => return false,
@@ -78,6 +78,10 @@ async fn compare(
     let StaticPods::Known(statics) = statics else {
         return Ok(());
     };
+    // A mirror is owned by the Node; until there is one, the provider could only refuse.
+    if store.count(Kind::Node)? == 0 {
+        return Ok(());
+    }
     let stored: Vec<Pod> = store
         .list(Kind::Pod)?
         .iter()
@@ -157,13 +161,27 @@ mod tests {
 
     async fn store_pod(store: &Store, pod: &Pod) {
         let value = serde_json::to_value(pod).unwrap();
+        put(store, Kind::Pod, pod.metadata.uid.as_deref().unwrap(), &value).await;
+    }
+
+    async fn store_node(store: &Store) {
+        put(
+            store,
+            Kind::Node,
+            "node",
+            &json!({"metadata": {"name": "n", "uid": "node"}}),
+        )
+        .await;
+    }
+
+    async fn put(store: &Store, kind: Kind, uid: &str, value: &serde_json::Value) {
         let upsert = Upsert {
-            kind: Kind::Pod.into(),
-            uid: pod.metadata.uid.clone().unwrap(),
+            kind: kind.into(),
+            uid: uid.to_owned(),
             namespace: "default".into(),
             name: "p-n".into(),
-            hash: ContentHash::of(&value).0.to_vec().into(),
-            json_zstd: pack(&value).unwrap().into(),
+            hash: ContentHash::of(value).0.to_vec().into(),
+            json_zstd: pack(value).unwrap().into(),
             expires_unix: 0,
         };
         store.apply(vec![change::Change::Upsert(upsert)]).await.unwrap();
@@ -181,11 +199,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wish_is_uttered_once_and_again_when_the_mirror_is_deleted_or_late() {
+    async fn a_wish_is_uttered_once_the_node_is_there_and_again_when_the_mirror_is_deleted_or_late() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let statics = StaticPods::Known([(Uid::from("h"), Arc::new(pod("h", json!({}))))].into());
         let mut asked = HashMap::new();
+        compare(&store, &statics, &SystemClock, true, &mut asked)
+            .await
+            .unwrap();
+        assert!(wishes(&store).is_empty(), "there is no Node yet");
+        store_node(&store).await;
         compare(&store, &statics, &SystemClock, true, &mut asked)
             .await
             .unwrap();
@@ -223,6 +246,7 @@ mod tests {
     async fn a_mirror_without_its_static_pod_is_to_go_but_not_while_the_files_are_unknown() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
+        store_node(&store).await;
         store_pod(&store, &pod("m", json!({MIRROR: "h"}))).await;
         let mut asked = HashMap::new();
         compare(&store, &StaticPods::Unknown, &SystemClock, true, &mut asked)

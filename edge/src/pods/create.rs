@@ -12,7 +12,7 @@ use super::config;
 use super::env::{self, ConfigError, Facts};
 use super::env_files;
 use super::events::Level;
-use super::images::{self, Outcome, Request};
+use super::images::{self, Found, Outcome, Request};
 use super::network;
 use super::objects::Objects;
 use super::plan::{backoff_key, inits, regulars, spec_hash};
@@ -53,11 +53,13 @@ impl Worker {
         self.record.sandboxes_made = attempt + 1;
         self.save()?;
         let begun = Instant::now();
-        let made = self.shared.runtime.run_sandbox(&config).await;
+        let made = self.shared.runtime.run_sandbox(&config);
+        let made = self.uninterrupted.call(made).await;
         self.trace.note(Stage::Sandbox, begun);
         match made {
             Ok(id) => {
                 self.record.sandbox = Some(id.0);
+                self.sandbox_made = Some(config);
                 self.save()?;
                 Ok(true)
             }
@@ -179,14 +181,18 @@ impl Worker {
     ) -> Result<bool, SyncError> {
         let name = &container.name;
         let begun = Instant::now();
-        let Some(image_ref) = self.image(pod, container).await else {
+        let Some(found) = self.image(pod, container).await else {
             return Ok(false);
         };
         self.trace.note(Stage::Image, begun);
         let begun = Instant::now();
-        let sandbox_config = self
-            .sandbox_config(pod, self.record.sandboxes_made.saturating_sub(1))
-            .await;
+        let attempt = self.record.sandboxes_made.saturating_sub(1);
+        let made = self.sandbox_made.take().filter(|made| made.attempt == attempt);
+        let sandbox_config = match made {
+            Some(made) => Ok(made),
+            // Made by the daemon before this one.
+            None => self.sandbox_config(pod, attempt).await,
+        };
         let sandbox_config = match sandbox_config {
             Ok(config) => config,
             Err(message) => {
@@ -194,12 +200,11 @@ impl Worker {
                 return Ok(false);
             }
         };
-        let image = self.shared.runtime.image_status(&image_ref).await.ok().flatten();
+        let sandbox_config = self.sandbox_made.insert(sandbox_config).clone();
         let Some(images) = self.image_volumes(pod, container).await else {
             return Ok(false);
         };
-        let prepared =
-            self.container_config(pod, container, restart_count, image_ref, image.as_ref(), &images);
+        let prepared = self.container_config(pod, container, restart_count, found, &images);
         let config = match prepared {
             Ok(config) => config,
             Err(ConfigError(message)) => {
@@ -214,11 +219,9 @@ impl Worker {
             Some(super::allocation::Actuated::of(pod, container));
         self.trace.note(Stage::Configure, begun);
         let begun = Instant::now();
-        let created = self
-            .shared
-            .runtime
-            .create_container(&sandbox, &config, &sandbox_config)
-            .await;
+        let runtime = &self.shared.runtime;
+        let created = runtime.create_container(&sandbox, &config, &sandbox_config);
+        let created = self.uninterrupted.call(created).await;
         self.trace.note(Stage::Create, begun);
         let id = match created {
             Ok(id) => id,
@@ -244,7 +247,8 @@ impl Worker {
             self.step_backoff(container, ended)?;
         }
         let begun = Instant::now();
-        let started = self.shared.runtime.start_container(&id).await;
+        let started = self.shared.runtime.start_container(&id);
+        let started = self.uninterrupted.call(started).await;
         self.trace.note(Stage::Start, begun);
         if let Err(error) = started {
             self.fail(pod, name, "RunContainerError", error.to_string()).await;
@@ -342,21 +346,21 @@ impl Worker {
         self.again = self.again.min(Duration::from_secs(10));
     }
 
-    /// The container's image reference, once it is there.
-    async fn image(&mut self, pod: &Pod, container: &Container) -> Option<String> {
+    /// The container's image, once it is there.
+    async fn image(&mut self, pod: &Pod, container: &Container) -> Option<Found> {
         let image = container.image.as_deref().unwrap_or_default();
         self.image_of(pod, container, image, container.image_pull_policy.as_deref())
             .await
     }
 
-    /// The reference of an image that the container needs, its own or one of its volumes', once it is there.
+    /// An image that the container needs, its own or one of its volumes', once it is there.
     pub(super) async fn image_of(
         &mut self,
         pod: &Pod,
         container: &Container,
         image: &str,
         policy: Option<&str>,
-    ) -> Option<String> {
+    ) -> Option<Found> {
         let policy = policy.unwrap_or_else(|| images::default_policy(image));
         let waker = self.waker.clone();
         let request = Request {
@@ -368,11 +372,11 @@ impl Worker {
             wake: std::sync::Arc::new(move || waker.send_modify(|o| o.wakes += 1)),
         };
         match self.shared.images.ensure(request).await {
-            Outcome::Ready(reference) => Some(reference),
+            Outcome::Ready(found) => Some(found),
             Outcome::Pulling => None,
             Outcome::Failed(waiting, again) => {
                 let own = container.image.as_deref() == Some(image);
-                if own && let Some(reference) = self.known_image(container).await {
+                if own && let Some(found) = self.known_image(container).await {
                     let message = format!(
                         "Image \"{image}\" cannot be pulled ({}); the copy that this container ran before is used",
                         waiting.message
@@ -381,7 +385,7 @@ impl Worker {
                         .events
                         .emit(pod, Some(&container.name), Level::Warning, "Failed", message)
                         .await;
-                    return Some(reference);
+                    return Some(found);
                 }
                 if let Some(again) = again {
                     self.again = self.again.min(again);
@@ -402,7 +406,7 @@ impl Worker {
 
     /// With `Always` and no way to the registry, an image that this very container ran before is good enough: that is
     /// how a site comes up after a reboot without a link. A kubelet would wait.
-    async fn known_image(&self, container: &Container) -> Option<String> {
+    async fn known_image(&self, container: &Container) -> Option<Found> {
         let last = self.record.last(&container.name)?;
         if last.image_ref.is_empty()
             || !matches!(last.state, State::Exited(_))
@@ -416,7 +420,7 @@ impl Worker {
             .await
             .ok()
             .flatten()
-            .map(|i| i.id)
+            .map(Found::from)
     }
 
     async fn pull_secrets(&self, pod: &Pod) -> Vec<Secret> {
@@ -454,8 +458,7 @@ impl Worker {
         pod: &Pod,
         container: &Container,
         restart_count: u32,
-        image_ref: String,
-        image: Option<&runtime::Image>,
+        found: Found,
         images: &BTreeMap<String, ImageMount>,
     ) -> Result<ContainerConfig, ConfigError> {
         let ips = self.pod_ips();
@@ -493,7 +496,7 @@ impl Worker {
             name: container.name.clone(),
             attempt: restart_count,
             image: container.image.clone().unwrap_or_default(),
-            image_ref,
+            image_ref: found.reference,
             command: expand(&container.command),
             args: expand(&container.args),
             working_dir: container.working_dir.clone().unwrap_or_default(),
@@ -521,7 +524,7 @@ impl Worker {
             security: security::security(
                 pod,
                 container,
-                image,
+                found.image.as_ref(),
                 self.shared.config.seccomp_default,
                 &self.shared.config.seccomp_dir,
             )?,

@@ -58,6 +58,7 @@ pub(crate) fn container(name: &str, id: &str, restart_count: u32, state: Contain
         image_ref: "sha256:1".into(),
         log_path: PathBuf::from("/nowhere"),
         annotations: BTreeMap::new(),
+        user: None,
     }
 }
 

@@ -17,7 +17,7 @@ use super::events::{Events, Level};
 use super::starts::Starts;
 use super::status::Waiting;
 use crate::clock::Clock;
-use crate::runtime::Runtime;
+use crate::runtime::{Image, Runtime};
 use crate::store::Store;
 use access::{Access, Brought, Source};
 
@@ -29,12 +29,30 @@ const PROGRESS: Duration = Duration::from_secs(60);
 /// What a container that needs its image is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The image is there, under this reference.
-    Ready(String),
+    /// The image is there.
+    Ready(Found),
     /// It is being fetched; the waker is called when that is over.
     Pulling,
     /// It is not there, and why; tried again after the time, when one is given.
     Failed(Waiting, Option<Duration>),
+}
+
+/// An image that a container can be made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// What the runtime calls it.
+    pub(crate) reference: String,
+    /// What the runtime says of it; `None` when it did not say after a pull.
+    pub(crate) image: Option<Image>,
+}
+
+impl From<Image> for Found {
+    fn from(image: Image) -> Self {
+        Self {
+            reference: image.id.clone(),
+            image: Some(image),
+        }
+    }
 }
 
 /// What is asked for.
@@ -67,7 +85,7 @@ pub(crate) struct Images {
 #[derive(Default)]
 struct Pull {
     running: bool,
-    done: Option<Result<String, String>>,
+    done: Option<Result<Found, String>>,
     backoff: Option<Backoff>,
     failed_at: Option<Timestamp>,
     error: String,
@@ -115,7 +133,7 @@ impl Images {
         let key = (pod.metadata.uid.clone().unwrap_or_default(), image.to_owned());
         match self.take(&key) {
             Taken::Running => return Outcome::Pulling,
-            Taken::Done(Ok(reference)) => return Outcome::Ready(reference),
+            Taken::Done(Ok(found)) => return Outcome::Ready(found),
             Taken::Done(Err(message)) => {
                 let (reason, message) = pull_failure(image, &message);
                 return failed(reason, message, Some(Duration::from_secs(1)));
@@ -140,7 +158,7 @@ impl Images {
                 "Container image \"{image}\" already present on machine and can be accessed by the pod"
             );
             self.say(pod, container, Level::Normal, "Pulled", &message).await;
-            return Outcome::Ready(found.id);
+            return Outcome::Ready(found.into());
         }
         if policy == "Never" {
             let message = format!("Container image \"{image}\" is not present with pull policy of Never");
@@ -171,6 +189,13 @@ impl Images {
         self.events
             .emit(pod, Some(container), level, reason, message.to_owned())
             .await;
+    }
+
+    /// To be called before the runtime's images are listed. What it answers takes the list, and forgets how images came
+    /// here that are gone.
+    pub(crate) fn before_listing(&self) -> crate::images::Forget {
+        let (access, round) = (self.access.clone(), self.access.round());
+        Box::new(move |there| access.prune(round, there))
     }
 
     /// Forgets the pulls of a pod that is gone.
@@ -254,7 +279,10 @@ impl Images {
                 source: source.as_ref(),
             });
             access.end(&image, brought);
-            let result = result.map(|(reference, _)| reference);
+            let result = result.map(|(reference, _)| Found {
+                reference,
+                image: present,
+            });
             let (level, reason, message) = match &result {
                 Ok(_) => (
                     Level::Normal,
@@ -297,7 +325,7 @@ impl Images {
 enum Taken {
     Nothing,
     Running,
-    Done(Result<String, String>),
+    Done(Result<Found, String>),
 }
 
 fn failed(reason: &str, message: String, again: Option<Duration>) -> Outcome {

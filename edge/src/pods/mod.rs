@@ -54,7 +54,9 @@ mod statics;
 mod status;
 mod teardown;
 mod tell;
+mod terminations;
 mod trace;
+mod uninterrupted;
 mod volumes;
 mod worker;
 #[cfg(test)]
@@ -82,6 +84,7 @@ use ledger::{Ledger, Nudge};
 pub use probes::ProbeMetrics;
 use record::PodRecord;
 pub use starts::Starts;
+pub use terminations::Terminations;
 use worker::{Orders, Shared, Worker};
 
 pub use dead::DeadPolicy;
@@ -220,6 +223,7 @@ impl Pods {
             probes: Arc::default(),
             phases: Mutex::default(),
             starts,
+            terminations: Terminations::default(),
             summary: watch::Sender::new(Summary::default()),
             report_round: watch::Sender::new(0),
             statics: watch::Sender::default(),
@@ -234,6 +238,11 @@ impl Pods {
     /// How long pods take to start.
     pub fn starts(&self) -> &Starts {
         &self.shared.starts
+    }
+
+    /// How many containers have ended.
+    pub fn terminations(&self) -> &Terminations {
+        &self.shared.terminations
     }
 
     /// The site's pods in numbers, from now on.

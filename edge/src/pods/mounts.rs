@@ -43,7 +43,7 @@ impl Worker {
             let policy = source.pull_policy.as_deref();
             let pulled = self.image_of(pod, container, &reference, policy).await?;
             let mount = ImageMount {
-                reference: pulled,
+                reference: pulled.reference,
                 image: reference,
                 sub_path: String::new(),
             };

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 use skerry_proto::link::Kind;
 
 use super::{Pods, StaticPods};
-use crate::images::{Needs, NeedsError};
+use crate::images::{Forget, Needs, NeedsError};
 
 impl Needs for Pods {
     fn images(&self) -> Result<BTreeSet<String>, NeedsError> {
@@ -24,6 +24,10 @@ impl Needs for Pods {
         };
         let statics = statics.iter().map(|pod| &**pod);
         Ok(pods.iter().chain(statics).flat_map(images_of).collect())
+    }
+
+    fn before_listing(&self) -> Forget {
+        self.shared.images.before_listing()
     }
 }
 

@@ -6,12 +6,12 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, PodStatus, ResourceRequirements};
+use k8s_openapi::api::core::v1::{self, Pod, PodStatus, ResourceRequirements};
 use serde::{Deserialize, Serialize};
 
 use super::allocation::{Actuated, Allocation, Resizing};
 use super::backoff::Backoff;
-use crate::runtime::{Container, ContainerState, Sandbox, SandboxState};
+use crate::runtime::{Container, ContainerState, ContainerUser, Sandbox, SandboxState};
 
 /// Everything of one pod that must survive the daemon and the machine's restart.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -96,6 +96,9 @@ pub(crate) struct Instance {
     pub(crate) image: String,
     /// Image as the runtime names it.
     pub(crate) image_ref: String,
+    /// As whom it was started, where the runtime tells.
+    #[serde(default)]
+    pub(crate) user: Option<ContainerUser>,
     /// Its state.
     pub(crate) state: State,
     /// The runtime does not know it any more.
@@ -263,6 +266,7 @@ impl ContainerRecord {
                 last.lost = false;
                 last.state = state_of(container, message);
                 last.image_ref.clone_from(&container.image_ref);
+                last.user.clone_from(&container.user);
             }
             // The runtime shows an older one only: the newest has vanished, which `observe` notes.
             Some(last) if last.restart_count > container.restart_count => return,
@@ -283,6 +287,7 @@ impl ContainerRecord {
                     spec_hash: container.spec_hash.clone(),
                     image: container.image.clone(),
                     image_ref: container.image_ref.clone(),
+                    user: container.user.clone(),
                     state: state_of(container, message),
                     lost: false,
                 });
@@ -295,6 +300,18 @@ impl ContainerRecord {
         {
             self.started = false;
             self.ready = false;
+        }
+    }
+}
+
+impl From<&ContainerUser> for v1::ContainerUser {
+    fn from(is: &ContainerUser) -> Self {
+        Self {
+            linux: Some(v1::LinuxContainerUser {
+                uid: is.uid,
+                gid: is.gid,
+                supplemental_groups: (!is.groups.is_empty()).then(|| is.groups.clone()),
+            }),
         }
     }
 }

@@ -272,6 +272,7 @@ fn container_status(
     status.restart_count = i32::try_from(last.restart_count).unwrap_or(i32::MAX);
     status.container_id = Some(format!("{}://{}", context.scheme, last.id));
     status.image_id = last.image_ref.clone();
+    status.user = last.user.as_ref().map(Into::into);
     status.last_state = previous;
     status.volume_mounts = volume_mounts(container);
     let given = container.resources.clone().unwrap_or_default();

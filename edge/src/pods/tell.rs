@@ -99,6 +99,9 @@ impl Worker {
         let json = serde_json::to_vec(&status::build(pod, &self.record, &context)).unwrap_or_default();
         let status: k8s_openapi::api::core::v1::PodStatus = serde_json::from_slice(&json).unwrap_or_default();
         self.note_phase(pod, status.phase.clone().unwrap_or_default());
+        self.shared
+            .terminations
+            .note(self.record.status.as_ref(), &status);
         self.trace_start(status.phase.as_deref());
         let round = *self.shared.report_round.borrow();
         let api_uid = self.api_uid();

@@ -23,8 +23,9 @@ use super::security::UserRanges;
 use super::status::{self, Phase, Waiting};
 use super::teardown::stop_all;
 use super::trace::{Stage, Trace};
+use super::uninterrupted::Uninterrupted;
 use super::{Clock, PodsConfig, ROOM, Summary, ephemeral, volumes};
-use crate::runtime::{ContainerId, Features, Runtime, RuntimeError};
+use crate::runtime::{ContainerId, Features, Runtime, RuntimeError, SandboxConfig};
 use crate::store::{Store, Written};
 
 /// Try again after an error.
@@ -53,6 +54,8 @@ pub(super) struct Shared {
     pub(super) probes: Arc<ProbeMetrics>,
     /// How long pods take to start.
     pub(super) starts: super::Starts,
+    /// How many containers have ended.
+    pub(super) terminations: super::Terminations,
     /// Phase by UID.
     pub(super) phases: Mutex<HashMap<Uid, String>>,
     pub(super) summary: watch::Sender<Summary>,
@@ -137,6 +140,9 @@ pub(super) struct Worker {
     pub(super) volumes: BTreeMap<String, PathBuf>,
     /// The plan's earliest wish to look again.
     pub(super) again: Duration,
+    /// What this daemon made the sandbox from; its containers are made with the same.
+    pub(super) sandbox_made: Option<SandboxConfig>,
+    pub(super) uninterrupted: Uninterrupted,
     pub(super) said_unsupported: bool,
     /// What the runtime can do.
     pub(super) features: Features,
@@ -179,6 +185,8 @@ impl Worker {
             waiting: BTreeMap::new(),
             volumes: BTreeMap::new(),
             again: IDLE,
+            sandbox_made: None,
+            uninterrupted: Uninterrupted::new(),
             said_unsupported: false,
             features: Features::default(),
             reported_in,
@@ -258,11 +266,15 @@ impl Worker {
         }
         let ended = self.record.end.is_some();
         let mut orders = self.orders.clone();
+        let uninterrupted = self.uninterrupted.clone();
         tokio::select! {
             biased;
             result = self.sync(pod) => result,
-            // Deletion, and an end that the node wants, interrupt whatever is going on.
-            _ = orders.wait_for(|o| o.stops() || (o.ending.is_some() && !ended)) => {
+            // Deletion, and an end that the node wants, interrupt whatever is going on, but for a start half made.
+            () = async {
+                let _ = orders.wait_for(|o| o.stops() || (o.ending.is_some() && !ended)).await;
+                uninterrupted.idle().await;
+            } => {
                 self.again = Duration::ZERO;
                 Ok(())
             }

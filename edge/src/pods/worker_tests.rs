@@ -34,6 +34,9 @@ struct Scripted {
     /// Exit codes of commands by their first word; others succeed.
     codes: Mutex<std::collections::HashMap<String, i32>>,
     ran: watch::Sender<usize>,
+    /// Pulls under way, and the most that there have been; each ends with a permit.
+    pulls: Mutex<(usize, usize)>,
+    pull_ends: tokio::sync::Semaphore,
 }
 
 impl Scripted {
@@ -45,6 +48,8 @@ impl Scripted {
             execs: Mutex::default(),
             codes: Mutex::default(),
             ran: watch::Sender::new(0),
+            pulls: Mutex::default(),
+            pull_ends: tokio::sync::Semaphore::new(0),
         })
     }
 
@@ -170,6 +175,7 @@ impl Runtime for Scripted {
             image_ref: config.image_ref.clone(),
             log_path: sandbox_config.log_directory.join(&config.log_path),
             annotations: config.annotations.clone(),
+            user: None,
         };
         self.edit(|i| i.containers.push(container));
         Ok(id)
@@ -208,6 +214,13 @@ impl Runtime for Scripted {
         }))
     }
     async fn pull_image(&self, image: &str, _: Option<&RegistryAuth>) -> Result<String, RuntimeError> {
+        {
+            let mut pulls = self.pulls.lock().unwrap();
+            pulls.0 += 1;
+            pulls.1 = pulls.1.max(pulls.0);
+        }
+        self.pull_ends.acquire().await.unwrap().forget();
+        self.pulls.lock().unwrap().0 -= 1;
         Ok(image.to_owned())
     }
     async fn list_images(&self) -> Result<Vec<Image>, RuntimeError> {
@@ -607,6 +620,42 @@ fn only_what_the_runtime_shows_may_be_passed_over() {
     for orders in told {
         assert!(!orders.only_runtime_moved(&last), "{orders:?}");
     }
+}
+
+#[tokio::test]
+async fn no_more_images_are_pulled_at_a_time_than_the_node_allows() {
+    const PODS: usize = 5;
+    let site = Site::new();
+    let daemon = site.start();
+    for number in 0..PODS {
+        let mut object = pod("Always");
+        let (name, container) = (format!("p{number}"), &mut object["spec"]["containers"][0]);
+        container["image"] = json!(format!("registry/{name}:1"));
+        container["imagePullPolicy"] = json!("Always");
+        object["metadata"]["uid"] = json!(name);
+        object["metadata"]["name"] = json!(name);
+        site.put(&object).await;
+    }
+    // Each has said that it pulls before any of them may end.
+    let mut moved = site.store.outbox_moved();
+    let asking = || {
+        let reports = site.store.waiting_reports(0, 1000).unwrap();
+        let pulling =
+            |r: &&Report| matches!(&r.report, Some(report::Report::Event(e)) if e.reason == "Pulling");
+        reports.iter().filter(pulling).count()
+    };
+    while asking() < PODS {
+        moved.changed().await.unwrap();
+    }
+    site.runtime.pull_ends.add_permits(PODS);
+    site.until(|i| {
+        let up = |c: &&Container| matches!(c.state, ContainerState::Running { .. });
+        (i.containers.iter().filter(up).count() == PODS).then_some(())
+    })
+    .await;
+    let most = PodsConfig::default().parallel_pulls;
+    assert_eq!(*site.runtime.pulls.lock().unwrap(), (0, most));
+    daemon.stop().await;
 }
 
 #[tokio::test]

@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use skerry_proto::object::Uid;
 use tokio::sync::watch;
 
@@ -84,6 +85,9 @@ pub enum RuntimeError {
     /// The operation took longer than its limit.
     #[error("{0} timed out")]
     Timeout(String),
+    /// The runtime has too much to do, in its own words. Retry later.
+    #[error("{0}")]
+    Busy(String),
     /// Anything else, in the runtime's own words. Retry with back-off.
     #[error("{0}")]
     Failed(String),
@@ -195,6 +199,19 @@ pub struct Container {
     pub log_path: PathBuf,
     /// Annotations as given in [`ContainerConfig::annotations`].
     pub annotations: BTreeMap<String, String>,
+    /// As whom its first process was started; containerd before 2.0 does not tell.
+    pub user: Option<ContainerUser>,
+}
+
+/// Identity of a container's first process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerUser {
+    /// Its user.
+    pub uid: i64,
+    /// Its primary group.
+    pub gid: i64,
+    /// Its other groups.
+    pub groups: Vec<i64>,
 }
 
 /// Everything that Skerry runs, seen at one moment.

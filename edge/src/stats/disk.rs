@@ -13,28 +13,45 @@ use crate::runtime::DiskUse;
 /// Most entries of one directory tree that are counted: a tree of millions of files must not stop everything else.
 const MAX_ENTRIES: u64 = 1_000_000;
 
+/// An answer is kept for so many times what it took at least: no more than a hundredth of the time goes into counting
+/// one tree.
+const WORTH: u32 = 100;
+
 /// Remembered answers.
 #[derive(Default)]
 pub(super) struct Disks {
-    known: HashMap<PathBuf, (Instant, DiskUse)>,
+    known: HashMap<PathBuf, Counted>,
+}
+
+struct Counted {
+    at: Instant,
+    took: Duration,
+    used: DiskUse,
 }
 
 impl Disks {
-    /// What `dir` holds, counted at most `max_age` ago. Blocks.
+    /// What `dir` holds, counted at most `max_age` ago, or longer when counting takes long. Blocks.
     pub(super) fn used(&mut self, dir: &Path, max_age: Duration) -> DiskUse {
-        if let Some((at, used)) = self.known.get(dir)
-            && at.elapsed() < max_age
+        if let Some(known) = self.known.get(dir)
+            && known.at.elapsed() < max_age.max(known.took * WORTH)
         {
-            return *used;
+            return known.used;
         }
+        let begun = std::time::Instant::now();
         let used = count(dir);
-        self.known.insert(dir.to_owned(), (Instant::now(), used));
+        let counted = Counted {
+            at: Instant::now(),
+            took: begun.elapsed(),
+            used,
+        };
+        self.known.insert(dir.to_owned(), counted);
         used
     }
 
     /// Drops answers that nobody has asked for since `age`.
     pub(super) fn forget_older(&mut self, age: Duration) {
-        self.known.retain(|_, (at, _)| at.elapsed() < age);
+        self.known
+            .retain(|_, known| known.at.elapsed() < age.max(known.took * WORTH));
     }
 }
 

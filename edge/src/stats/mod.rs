@@ -15,12 +15,13 @@ mod disk;
 mod host;
 mod pods;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use skerry_proto::object::Uid;
 use skerry_proto::stats::{
     ContainerStats, CpuStats, FsStats, MemoryStats, NodeStats, RuntimeStats, Snapshot, Summary,
 };
@@ -35,6 +36,9 @@ pub const SCRAPE_AGE: Duration = Duration::from_secs(5);
 
 /// How long a directory's size is remembered.
 const DISK_AGE: Duration = Duration::from_secs(60);
+
+/// The same for pods that are watched: less than the ten seconds between two looks at limits.
+const WATCHED_DISK_AGE: Duration = Duration::from_secs(8);
 
 /// A rate is the difference of two readings not closer than this.
 const RATE_SPAN: Duration = Duration::from_secs(1);
@@ -106,6 +110,23 @@ impl Stats {
     /// # Errors
     /// When the runtime does not answer.
     pub async fn snapshot(&self, max_age: Duration) -> Result<Arc<Snapshot>, RuntimeError> {
+        self.measured(max_age, HashSet::new()).await
+    }
+
+    /// Everything, measured now. Sizes of the directories of the `watched` pods are of the last seconds, as far as
+    /// counting them does not take long.
+    ///
+    /// # Errors
+    /// When the runtime does not answer.
+    pub async fn snapshot_watching(&self, watched: HashSet<Uid>) -> Result<Arc<Snapshot>, RuntimeError> {
+        self.measured(Duration::ZERO, watched).await
+    }
+
+    async fn measured(
+        &self,
+        max_age: Duration,
+        watched: HashSet<Uid>,
+    ) -> Result<Arc<Snapshot>, RuntimeError> {
         let mut memory = self.memory.lock().await;
         if let Some((at, snapshot)) = &memory.last
             && at.elapsed() < max_age
@@ -116,7 +137,7 @@ impl Stats {
         let used = self.runtime.stats(&inventory).await?;
         let (stats, mut kept) = (self.clone(), std::mem::take(&mut *memory));
         let measured = tokio::task::spawn_blocking(move || {
-            let snapshot = stats.measure(&inventory, &used, &mut kept);
+            let snapshot = stats.measure(&inventory, &used, &watched, &mut kept);
             (kept, snapshot)
         });
         let (kept, snapshot) = measured
@@ -128,7 +149,13 @@ impl Stats {
         Ok(snapshot)
     }
 
-    fn measure(&self, inventory: &Inventory, used: &RuntimeUse, memory: &mut Memory) -> Snapshot {
+    fn measure(
+        &self,
+        inventory: &Inventory,
+        used: &RuntimeUse,
+        watched: &HashSet<Uid>,
+        memory: &mut Memory,
+    ) -> Snapshot {
         let mut node = self.node();
         let now = Timestamp::now();
         memory.disks.forget_older(DISK_AGE * 5);
@@ -145,6 +172,7 @@ impl Stats {
             &self.config,
             inventory,
             used,
+            watched,
             &mut memory.disks,
             &mut snapshot,
             now,

@@ -1,10 +1,12 @@
 //! The part of a measurement that is about pods.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use jiff::Timestamp;
+use skerry_proto::object::Uid;
 use skerry_proto::stats::{
     ContainerDetail, ContainerStats, CpuStats, FsStats, IoStats, MemoryStats, PodReference, PodStats,
     ProcessStats, Snapshot, SwapStats, VolumeStats,
@@ -12,7 +14,7 @@ use skerry_proto::stats::{
 
 use super::cgroup::{self, Reading};
 use super::disk::Disks;
-use super::{DISK_AGE, StatsConfig, host};
+use super::{DISK_AGE, StatsConfig, WATCHED_DISK_AGE, host};
 use crate::runtime::{
     Container, ContainerState, ContainerUse, DiskUse, Inventory, RuntimeUse, Sandbox, SandboxState,
 };
@@ -22,6 +24,7 @@ pub(super) fn measure(
     config: &StatsConfig,
     inventory: &Inventory,
     used: &RuntimeUse,
+    watched: &HashSet<Uid>,
     disks: &mut Disks,
     snapshot: &mut Snapshot,
     now: Timestamp,
@@ -44,6 +47,10 @@ pub(super) fn measure(
             config,
             used,
             disks,
+            disk_age: match watched.contains(&sandbox.pod_uid) {
+                true => WATCHED_DISK_AGE,
+                false => DISK_AGE,
+            },
             snapshot,
             now,
             sandbox,
@@ -58,6 +65,7 @@ struct Pod<'a> {
     config: &'a StatsConfig,
     used: &'a RuntimeUse,
     disks: &'a mut Disks,
+    disk_age: Duration,
     snapshot: &'a mut Snapshot,
     now: Timestamp,
     sandbox: &'a Sandbox,
@@ -90,7 +98,7 @@ impl Pod<'_> {
             let mut one = self::container(&container.name, Some(*started_at), &reading, self.now);
             let written = found
                 .writable_layer
-                .or_else(|| Some(self.disks.used(found.writable_dir.as_ref()?, DISK_AGE)));
+                .or_else(|| Some(self.disks.used(found.writable_dir.as_ref()?, self.disk_age)));
             let logged = container
                 .log_path
                 .parent()
@@ -142,7 +150,7 @@ impl Pod<'_> {
             };
             let Ok(is) = std::fs::metadata(&dir) else { continue };
             let fs = if is.dev() == own.dev() {
-                let used = self.disks.used(&dir, DISK_AGE);
+                let used = self.disks.used(&dir, self.disk_age);
                 disk.bytes += used.bytes;
                 disk.inodes += used.inodes;
                 Some(self.on_node(used))

@@ -93,6 +93,7 @@ impl From<RuntimeError> for StreamError {
             RuntimeError::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
             RuntimeError::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             RuntimeError::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
+            RuntimeError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
             RuntimeError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, error.to_string())

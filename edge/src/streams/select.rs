@@ -265,6 +265,7 @@ mod tests {
             image_ref: String::new(),
             log_path: format!("/logs/ns_p_u/c/{attempt}.log").into(),
             annotations: Default::default(),
+            user: None,
         }
     }
 

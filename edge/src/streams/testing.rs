@@ -41,6 +41,7 @@ impl FakeRuntime {
             image_ref: String::new(),
             log_path: log_path.to_owned(),
             annotations: Default::default(),
+            user: None,
         };
         let runtime = Arc::new(Self {
             container: Mutex::new(container),

@@ -13,6 +13,8 @@ use skerry_proto::static_pod::{self, MIRROR, forbidden_reference};
 use crate::cluster::Mirror;
 use crate::link::reports::{Outcome, outcome_of};
 
+const NO_NODE: &str = "the site's Node is not registered";
+
 /// Brings the mirror of one static pod to what the site says: makes it, makes it anew, or removes it.
 ///
 /// A Pod of that name that is no mirror of this site is never touched.
@@ -96,7 +98,8 @@ fn wanted(cluster: &Mirror, site: &SiteName, report: &MirrorPodReport) -> Result
         return Ok(None);
     }
     let Some(node) = cluster.named(Kind::Node, "", site.as_str()) else {
-        return Err(Outcome::Retry("the site's Node is not registered yet".to_owned()));
+        // It is asked for again once the site knows its Node; meanwhile nothing else of this lane may wait for it.
+        return Err(Outcome::Dropped(NO_NODE.to_owned()));
     };
     let pod: Value = serde_json::from_slice(&report.pod_json)
         .map_err(|error| Outcome::Dropped(format!("the static pod is not JSON: {error}")))?;
@@ -159,7 +162,9 @@ async fn delete(pods: &Api<Pod>, name: &str, uid: String) -> Result<(), Outcome>
 
 /// A mirror that cannot be had is said on the Node: there is no Pod to say it on.
 async fn tell(client: &Client, site: &SiteName, report: &MirrorPodReport, outcome: Outcome) -> Outcome {
-    if let Outcome::Dropped(reason) = &outcome {
+    if let Outcome::Dropped(reason) = &outcome
+        && reason != NO_NODE
+    {
         let now = i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or_default();
         let event = EventReport {
             kind: "Node".to_owned(),

@@ -143,16 +143,21 @@ fn changed_conditions(reported: &Map<String, Value>, current: &Value) -> Vec<Val
     let existing = list(current.get("conditions"));
     list(reported.get("conditions"))
         .into_iter()
-        .filter(|condition| {
+        .filter_map(|mut condition| {
             let same_type = existing.iter().find(|other| other["type"] == condition["type"]);
-            match same_type {
+            let changed = match same_type {
                 // The scheduler said it first; its transition time stays.
-                Some(other) if condition["type"] == "PodScheduled" => other["status"] != condition["status"],
-                Some(other) => differs(condition, other),
+                Some(other)
+                    if condition["type"] == "PodScheduled" && other["status"] == condition["status"] =>
+                {
+                    condition["lastTransitionTime"] = other["lastTransitionTime"].clone();
+                    other.get("observedGeneration") != condition.get("observedGeneration")
+                }
+                Some(other) => differs(&condition, other),
                 None => true,
-            }
+            };
+            changed.then(|| complete_condition(condition))
         })
-        .map(complete_condition)
         .collect()
 }
 
@@ -246,6 +251,23 @@ mod tests {
             patch["status"]["conditions"],
             json!([{"type": "Ready", "status": "True", "reason": null, "message": null, "lastTransitionTime": "b"}])
         );
+    }
+
+    #[test]
+    fn the_scheduler_s_condition_keeps_its_time_and_gets_the_generation() {
+        let current =
+            json!({"conditions": [{"type": "PodScheduled", "status": "True", "lastTransitionTime": "a"}]});
+        let reported = map(json!({"conditions": [
+            {"type": "PodScheduled", "status": "True", "lastTransitionTime": "b", "observedGeneration": 1}]}));
+        let patch = status_patch(&reported, &current, "u").unwrap();
+        assert_eq!(
+            patch["status"]["conditions"],
+            json!([{"type": "PodScheduled", "status": "True", "reason": null, "message": null,
+                "lastTransitionTime": "a", "observedGeneration": 1}])
+        );
+        let current = json!({"conditions": [
+            {"type": "PodScheduled", "status": "True", "lastTransitionTime": "a", "observedGeneration": 1}]});
+        assert_eq!(status_patch(&reported, &current, "u"), None);
     }
 
     #[test]

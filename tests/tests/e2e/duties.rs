@@ -253,15 +253,8 @@ fn size_limit(t: &Test<'_>) {
         "containers": [{"command": ["sh", "-c", script], "volumeMounts": [{"name": "v", "mountPath": "/v"}]}],
     });
     t.kubectl.apply(&site.pod("greedy", pod));
-    // Directories are measured once a minute.
-    let pod = eventually(SOON * 3, "the pod is evicted", || {
-        let pod = t.kubectl.get("pod", "greedy")?;
-        if pod["status"]["phase"] == "Failed" {
-            Ok(pod)
-        } else {
-            Err(pod["status"].to_string())
-        }
-    });
+    // The directories of pods with limits are measured every few seconds.
+    let pod = phase(&t.kubectl, "greedy", "Failed");
     assert_eq!(pod["status"]["reason"], "Evicted");
     assert_eq!(
         pod["status"]["message"],
@@ -278,11 +271,24 @@ fn drain(t: &Test<'_>) {
     ]);
     site.start_edge();
     site.wait_ready();
-    let script = "trap 'echo told; exit 0' TERM; while :; do sleep 0.1; done";
-    t.kubectl.apply(&site.pod(
-        "polite",
-        json!({"containers": [{"command": ["sh", "-c", script]}]}),
-    ));
+    let shared = site.dir().join("order");
+    std::fs::create_dir_all(&shared).expect("the directory can be made");
+    // The ordinary one takes its time, and is first all the same.
+    let spec = |name: &str, end: &str| {
+        let script = format!(
+            "trap 'echo told; {end}; echo {name} >> /h/order; exit 0' TERM; while :; do sleep 0.1; done"
+        );
+        json!({
+            "terminationGracePeriodSeconds": 10,
+            "volumes": [{"name": "h", "hostPath": {"path": shared}}],
+            "containers": [{"command": ["sh", "-c", script], "volumeMounts": [{"name": "h", "mountPath": "/h"}]}],
+        })
+    };
+    t.kubectl.apply(&site.pod("polite", spec("polite", "sleep 1")));
+    let mut critical = spec("critical", "true");
+    critical["priorityClassName"] = json!("system-node-critical");
+    t.kubectl.apply(&site.pod("critical", critical));
+    ready(&t.kubectl, "critical");
     let before = identity(&ready(&t.kubectl, "polite"));
     // The daemon's end is not the machine's.
     site.stop_edge();
@@ -307,6 +313,9 @@ fn drain(t: &Test<'_>) {
         "TerminationByKubelet"
     );
     assert_eq!(t.kubectl.run(&["logs", "polite"]), "told\n");
+    phase(&t.kubectl, "critical", "Failed");
+    let order = std::fs::read_to_string(shared.join("order")).expect("the pods have written it");
+    assert_eq!(order, "polite\ncritical\n");
     eventually(SOON, "the node says that it goes down", || {
         let node = t.kubectl.get("node", &name)?;
         let ready = condition(&node, "Ready");

@@ -13,6 +13,7 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
             "an image of a private registry is for pods that have its Secret",
             private_image,
         ),
+        containerd("a Secret of the older form opens a registry, too", legacy_secret),
         containerd("an image is pulled by its digest, and only once", digest),
         containerd("a name that cannot be an image's is refused", invalid_name),
     ]
@@ -85,6 +86,18 @@ fn private_image(t: &Test<'_>) {
     // The same bytes were there before under a name of their own: that name stays everybody's.
     t.kubectl.apply(&site.pod("bystander", user(IMAGE, "Never", &[])));
     assert_eq!(output(&t.kubectl, "bystander"), "fetched\n");
+}
+
+fn legacy_secret(t: &Test<'_>) {
+    let (site, registry) = (t.site(), registry(t));
+    registry.push(site, IMAGE, "private/old:1");
+    let image = format!("{}/private/old:1", registry.host());
+    t.kubectl.apply(&registry.legacy_secret("old"));
+    t.kubectl
+        .apply(&site.pod("pod", user(&image, "Always", &["old"])));
+    assert_eq!(output(&t.kubectl, "pod"), "fetched\n");
+    let pulled = event(&t.kubectl, "pod", "Pulled");
+    assert!(pulled.starts_with("Successfully pulled image "), "{pulled}");
 }
 
 fn digest(t: &Test<'_>) {

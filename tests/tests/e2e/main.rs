@@ -6,6 +6,7 @@
 
 mod autonomy;
 mod churn;
+mod details;
 mod devices;
 mod duties;
 mod enrolment;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         autonomy::scenarios(),
         devices::scenarios(),
         duties::scenarios(),
+        details::scenarios(),
         static_pods::scenarios(),
         store::scenarios(),
         enrolment::scenarios(),

@@ -35,6 +35,10 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
             "a resize that does not fit is deferred until a pod leaves",
             deferred,
         ),
+        Scenario::once(
+            "a resize that this machine can never give is infeasible, and the next one is not",
+            infeasible,
+        ),
         Scenario::each("pod-level resources are enforced and resized", pod_level),
     ]
     .into_iter()
@@ -302,6 +306,63 @@ fn deferred(t: &Test<'_>) {
     t.kubectl.run(&["delete", "pod", "large", "--wait=false"]);
     let pod = settled(t, "small");
     assert_eq!(identity(&pod), before);
+}
+
+fn infeasible(t: &Test<'_>) {
+    if !is_root() {
+        return;
+    }
+    let mut site = t.own_site();
+    let requests = |cpu: &str| json!({"requests": {"cpu": cpu, "memory": "16Mi"}});
+    let ask = |cpu: &str| {
+        resize(
+            t,
+            "pod",
+            &json!({"containers": [{"name": "c0", "resources": requests(cpu)}]}),
+        );
+    };
+    let spec = json!({"containers": [{"command": SLEEP, "resources": requests("10m")}]});
+    t.kubectl.apply(&site.pod("pod", spec));
+    let before = identity(&ready(&t.kubectl, "pod"));
+    // The API server refuses what is beyond the Node as it knows it; this fits, until the machine keeps more for itself.
+    site.stop_edge();
+    let node = t.kubectl.get("node", site.name()).unwrap();
+    let cores: u64 = node["status"]["allocatable"]["cpu"]
+        .as_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let milli = cores * 1000 - 100;
+    ask(&format!("{milli}m"));
+    site.set_flags(&["--reserved-cpu=500m"]);
+    site.start_edge();
+    let pod = eventually(SOON, "the resize is infeasible", || {
+        let pod = t.kubectl.get("pod", "pod")?;
+        same(
+            condition(&pod, "PodResizePending")["reason"].as_str(),
+            Some("Infeasible"),
+        )?;
+        Ok(pod)
+    });
+    assert_eq!(
+        condition(&pod, "PodResizePending")["message"],
+        format!(
+            "Node didn't have enough capacity: cpu, requested: {milli}, capacity: {}",
+            cores * 1000 - 500
+        )
+    );
+    assert_eq!(
+        pod["status"]["containerStatuses"][0]["allocatedResources"]["cpu"],
+        "10m"
+    );
+    event(&t.kubectl, "pod", "ResizeInfeasible");
+    ask("20m");
+    let pod = settled(t, "pod");
+    assert_eq!(identity(&pod), before);
+    assert_eq!(
+        pod["status"]["containerStatuses"][0]["allocatedResources"]["cpu"],
+        "20m"
+    );
 }
 
 fn pod_level(t: &Test<'_>) {

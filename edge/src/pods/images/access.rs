@@ -9,12 +9,13 @@
 //! A fetch is written down before it begins: an image that a crash left here is not taken for one that was there
 //! before.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use super::reference::normalised;
+use crate::runtime::Image;
 use crate::store::{Store, StoreError};
 
 /// The rooms' names in the store: records by image id, intents by image name.
@@ -58,16 +59,27 @@ struct Record {
 /// Remembers how images came here. Kept in the store.
 pub(crate) struct Access {
     store: Store,
-    /// Fetches under way by image name.
-    fetching: Mutex<HashMap<String, usize>>,
+    fetches: Mutex<Fetches>,
 }
+
+#[derive(Default)]
+struct Fetches {
+    /// Those under way by image name.
+    fetching: HashMap<String, usize>,
+    /// How many there have been.
+    begun: u64,
+}
+
+/// A time without fetches, as long as no other begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Round(u64);
 
 impl Access {
     /// Over what the store holds.
     pub(crate) fn new(store: Store) -> Self {
         Self {
             store,
-            fetching: Mutex::default(),
+            fetches: Mutex::default(),
         }
     }
 
@@ -109,15 +121,17 @@ impl Access {
 
     /// A fetch begins. Fails when that cannot be written down: then it must not begin.
     pub(crate) fn begin(&self, image: &str) -> Result<(), StoreError> {
-        let mut fetching = self.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fetches = self.fetches.lock().unwrap_or_else(PoisonError::into_inner);
         self.store.state_put(INTENTS, image, &true)?;
-        *fetching.entry(image.to_owned()).or_default() += 1;
+        *fetches.fetching.entry(image.to_owned()).or_default() += 1;
+        fetches.begun += 1;
         Ok(())
     }
 
     /// A fetch is over; what it brought, where it succeeded.
     pub(crate) fn end(&self, image: &str, brought: Option<Brought<'_>>) {
-        let mut fetching = self.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fetches = self.fetches.lock().unwrap_or_else(PoisonError::into_inner);
+        let fetching = &mut fetches.fetching;
         let recorded = match brought {
             Some(brought) => {
                 // A name that nobody has fetched was there before, and stays everybody's.
@@ -140,6 +154,30 @@ impl Access {
         if let Err(error) = done {
             // The intent stays: the image is fetched again rather than given to the wrong pod.
             tracing::error!(image, %error, "how an image came here cannot be written down");
+        }
+    }
+
+    /// The round before a list of images; `None` while something is fetched.
+    pub(super) fn round(&self) -> Option<Round> {
+        let fetches = self.fetches.lock().unwrap_or_else(PoisonError::into_inner);
+        fetches.fetching.is_empty().then_some(Round(fetches.begun))
+    }
+
+    /// Forgets what came here but is not among the images that are `there`. Does nothing when a fetch was under way
+    /// since `round`: an image without a record counts as one that was there before, and is everybody's.
+    pub(super) fn prune(&self, round: Option<Round>, there: &[Image]) {
+        let fetches = self.fetches.lock().unwrap_or_else(PoisonError::into_inner);
+        if round != Some(Round(fetches.begun)) {
+            return;
+        }
+        let there: HashSet<&str> = there.iter().map(|image| image.id.as_str()).collect();
+        let pruned = self.store.state_list::<Record>(RECORDS).and_then(|records| {
+            let gone = records.iter().filter(|(id, _)| !there.contains(id.as_str()));
+            gone.into_iter()
+                .try_for_each(|(id, _)| self.store.state_delete(RECORDS, id))
+        });
+        if let Err(error) = pruned {
+            tracing::warn!(%error, "how images came here that are gone is not forgotten yet");
         }
     }
 
@@ -224,6 +262,37 @@ mod tests {
         // The other Secret has proved itself; what it is rotated to is good as well.
         assert!(access.may_use("r/a:1", "sha256:1", &[source("other", "h3")]));
         assert!(!access.may_use("s/b:1", "sha256:1", &[source("mine", "h1")]));
+    }
+
+    fn image(id: &str) -> Image {
+        Image {
+            id: id.into(),
+            tags: vec![],
+            digests: vec![],
+            size_bytes: 1,
+            uid: None,
+            username: String::new(),
+        }
+    }
+
+    #[test]
+    fn how_an_image_came_here_is_forgotten_with_the_image_but_not_beside_a_fetch() {
+        let dir = tempfile::tempdir().unwrap();
+        let access = access(&dir);
+        let records = || access.store.state_list::<Record>(RECORDS).unwrap().len();
+        let before = access.round();
+        access.begin("r/a:1").unwrap();
+        assert_eq!(access.round(), None);
+        access.end("r/a:1", brought(Some(&source("mine", "h1"))));
+        // Listed before the fetch: the list says nothing of what it brought.
+        access.prune(before, &[]);
+        access.prune(None, &[]);
+        assert_eq!(records(), 1);
+        access.prune(access.round(), &[image("sha256:1"), image("sha256:2")]);
+        assert_eq!(records(), 1);
+        assert!(!access.may_use("r/a:1", "sha256:1", &[]));
+        access.prune(access.round(), &[image("sha256:2")]);
+        assert_eq!(records(), 0);
     }
 
     #[test]

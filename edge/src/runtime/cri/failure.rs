@@ -41,6 +41,7 @@ pub(super) fn error(socket: &Path, scheme: &'static str, object: &str, status: &
         Code::NotFound => RuntimeError::NotFound(object.to_owned()),
         Code::InvalidArgument => RuntimeError::Invalid(format!("{object}: {message}")),
         Code::DeadlineExceeded => RuntimeError::Timeout(object.to_owned()),
+        Code::ResourceExhausted => RuntimeError::Busy(format!("{object}: {message}")),
         Code::Unimplemented => RuntimeError::Unsupported {
             runtime: scheme,
             what: format!("{object}: {message}"),
@@ -120,6 +121,10 @@ mod tests {
         assert!(matches!(
             error(Status::unimplemented("")),
             RuntimeError::Unsupported { .. }
+        ));
+        assert!(matches!(
+            error(Status::resource_exhausted("")),
+            RuntimeError::Busy(_)
         ));
         assert!(matches!(error(Status::unknown("")), RuntimeError::Failed(_)));
         let lost = error(Status::unavailable("connection refused")).to_string();

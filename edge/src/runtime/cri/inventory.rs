@@ -17,8 +17,8 @@ use super::api;
 use super::client::Client;
 use super::config::IMAGE_ANNOTATION;
 use crate::runtime::{
-    Container, ContainerId, ContainerState, Features, Handler, Image, Inventory, RuntimeError, RuntimeStatus,
-    Sandbox, SandboxId, SandboxState, labels,
+    Container, ContainerId, ContainerState, ContainerUser, Features, Handler, Image, Inventory, RuntimeError,
+    RuntimeStatus, Sandbox, SandboxId, SandboxState, labels,
 };
 
 /// Status calls under way at the same time; after a restart of the daemon there is one per object.
@@ -220,6 +220,11 @@ fn container(brief: api::Container, status: api::ContainerStatus) -> Container {
         },
         log_path: PathBuf::from(status.log_path),
         annotations,
+        user: status.user.and_then(|user| user.linux).map(|user| ContainerUser {
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.supplemental_groups,
+        }),
     }
 }
 

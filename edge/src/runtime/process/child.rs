@@ -170,7 +170,8 @@ fn try_become(
     })
 }
 
-fn primary_group(uid: u32) -> u32 {
+/// The group that a user of the host has.
+pub(super) fn primary_group(uid: u32) -> u32 {
     // A user that the host does not know gets the group of the same number: group 0 would give away root's files.
     User::from_uid(Uid::from_raw(uid))
         .ok()

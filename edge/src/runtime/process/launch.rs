@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use nix::sys::signal::Signal;
 
+use super::child;
 use super::record::{ContainerRecord, Launch, MountRecord};
 use super::unsupported;
 use crate::runtime::{
@@ -102,6 +103,11 @@ pub(super) fn container_record(
         &pod.cgroup_parent
     };
     let resources = &config.resources;
+    let uid = security.run_as_user.map(|n| one_id("runAsUser", n)).transpose()?;
+    let gid = security
+        .run_as_group
+        .map(|n| one_id("runAsGroup", n))
+        .transpose()?;
     let launch = Launch {
         argv: config.command.iter().chain(&config.args).cloned().collect(),
         working_dir: config.working_dir.clone(),
@@ -111,11 +117,9 @@ pub(super) fn container_record(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         tty: config.tty,
-        uid: security.run_as_user.map(|n| one_id("runAsUser", n)).transpose()?,
-        gid: security
-            .run_as_group
-            .map(|n| one_id("runAsGroup", n))
-            .transpose()?,
+        uid,
+        // Found out once: it is shown in the pod's status, too.
+        gid: gid.or_else(|| uid.filter(|_| root).map(child::primary_group)),
         groups,
         no_new_privileges: security.no_new_privileges,
         readonly_rootfs: security.readonly_rootfs,

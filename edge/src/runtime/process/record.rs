@@ -75,6 +75,15 @@ pub(super) struct Launch {
 }
 
 impl Launch {
+    /// As whom the process starts.
+    pub(super) fn user(&self) -> crate::runtime::ContainerUser {
+        crate::runtime::ContainerUser {
+            uid: self.uid.unwrap_or(0).into(),
+            gid: self.gid.unwrap_or(0).into(),
+            groups: self.groups.iter().copied().map(i64::from).collect(),
+        }
+    }
+
     /// Takes over other cgroup values; zero leaves what there is.
     pub(super) fn resize(&mut self, resources: &crate::runtime::Resources) {
         for (own, new) in [

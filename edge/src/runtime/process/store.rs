@@ -274,6 +274,7 @@ impl Store {
             image_ref: record.image_ref.clone(),
             log_path: record.log_path.clone(),
             annotations: record.annotations.clone(),
+            user: Some(record.launch.user()),
         })
     }
 
