@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::Settings;
+use crate::local::Output;
 
 const EXIT_CODES: &str = "Exit codes:
   0  success
@@ -50,7 +51,7 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Show this machine's identity, how long its certificate is valid, and whether the daemon is ready
+    /// Show this machine's identity and certificate, and how the daemon, its link, store and pods are
     Status {
         /// Directory in which the identity is kept [default: /var/lib/skerry]
         #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR")]
@@ -58,6 +59,32 @@ pub enum Command {
         /// Address at which the daemon answers /readyz [default: 127.0.0.1:9441]
         #[arg(long, env = "SKERRY_METRICS_LISTEN", value_name = "IP:PORT")]
         metrics_listen: Option<SocketAddr>,
+    },
+    /// Show the pods of this site, with or without a cloud. The daemon must be running
+    Pods {
+        /// Show one pod only
+        name: Option<String>,
+        /// Namespace to show [default: default]
+        #[arg(short, long, value_name = "NAMESPACE", conflicts_with = "all_namespaces")]
+        namespace: Option<String>,
+        /// Show the pods of all namespaces
+        #[arg(short = 'A', long, conflicts_with = "name")]
+        all_namespaces: bool,
+        /// With more columns, or the whole objects
+        #[arg(short, long, value_name = "FORMAT")]
+        output: Option<Output>,
+        /// Directory of the running daemon's state [default: /var/lib/skerry]
+        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR")]
+        data_dir: Option<PathBuf>,
+    },
+    /// Look after the store on disk while the daemon does not run
+    Store {
+        /// What to do with it
+        #[command(subcommand)]
+        what: StoreCommand,
+        /// Directory of the store [default: /var/lib/skerry]
+        #[arg(long, env = "SKERRY_DATA_DIR", value_name = "DIR", global = true)]
+        data_dir: Option<PathBuf>,
     },
     /// Stop all pods in order, each with its grace: for when the machine shuts down. The daemon must be running
     Drain {
@@ -70,6 +97,17 @@ pub enum Command {
         /// bash, zsh, fish, elvish or powershell
         shell: clap_complete::Shell,
     },
+}
+
+/// What can be done with a store that no daemon uses.
+#[derive(Clone, Copy, Subcommand, Debug)]
+pub enum StoreCommand {
+    /// Compare every page with its checksum and the tables with each other
+    Check,
+    /// Copy it into a file without holes; the running daemon does that by itself
+    Compact,
+    /// Show what is in it and how it uses its file
+    Stats,
 }
 
 /// Writes the completion script for a shell to standard output.

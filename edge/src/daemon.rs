@@ -22,6 +22,7 @@ use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
 use crate::images;
 use crate::inspect::{ConfigFacts, Inspect, kubelet_configuration};
 use crate::link::{Dial, Greeting, Link, boot_id};
+use crate::local::{self, Local};
 use crate::manifests::{self, Manifests};
 use crate::metrics::Metrics;
 use crate::node::{self, NodeConfig};
@@ -128,8 +129,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         probes: pods.probes(),
         config: kubelet_configuration(&config_facts(&config)),
     };
-    let lookup = Arc::new(Lookup(store.clone(), pods.clone()));
-    let streams = Streams::new(Arc::clone(&runtime), lookup, config.pod_log_dir.clone());
+    let lookup: Arc<dyn PodLookup> = Arc::new(Lookup(store.clone(), pods.clone()));
+    let streams = Streams::new(
+        Arc::clone(&runtime),
+        Arc::clone(&lookup),
+        config.pod_log_dir.clone(),
+    );
     let streams = Arc::new(streams.answering(Arc::new(inspect)));
     let greeting = Greeting {
         site: site.clone(),
@@ -237,6 +242,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         config.data_dir.clone(),
         identity_sender,
         dial,
+        stop.clone(),
+    ));
+    rooms.spawn(local::serve(
+        config.data_dir.clone(),
+        Local {
+            store: store.clone(),
+            pods: pods.clone(),
+            lookup,
+            link: link.status(),
+            identity: identity.clone(),
+        },
         stop.clone(),
     ));
     rooms.spawn(refresh_after_sync(pods.clone(), link.status(), stop.clone()));

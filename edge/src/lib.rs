@@ -16,6 +16,7 @@ pub mod identity;
 pub mod images;
 pub mod inspect;
 pub mod link;
+pub mod local;
 pub mod manifests;
 pub mod metrics;
 pub mod node;

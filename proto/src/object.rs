@@ -58,11 +58,19 @@ impl ContentHash {
     /// Hash of an object's meaning to the edge: everything but `status`, `metadata.resourceVersion` and
     /// `metadata.managedFields`.
     ///
-    /// These change without any change of what the edge has to do: most of all when its own reports arrive.
+    /// These change without any change of what the edge has to do: most of all when its own reports arrive. Of the status,
+    /// that the object has ended for good (phase Succeeded or Failed) is a part: so the edge learns that the API has its
+    /// last word, and, after a restore of the cluster, that it has it no more.
     pub fn of(object: &Value) -> Self {
         let mut meaning = object.clone();
         if let Some(map) = meaning.as_object_mut() {
-            map.remove("status");
+            let ended = map
+                .remove("status")
+                .and_then(|mut status| status.get_mut("phase").map(Value::take))
+                .filter(|phase| phase == "Succeeded" || phase == "Failed");
+            if let Some(phase) = ended {
+                map.insert("status".to_owned(), serde_json::json!({"phase": phase}));
+            }
             if let Some(metadata) = map.get_mut("metadata").and_then(Value::as_object_mut) {
                 metadata.remove("resourceVersion");
                 metadata.remove("managedFields");
@@ -154,6 +162,17 @@ mod tests {
         let mut spec = base.clone();
         spec["spec"]["x"] = json!(2);
         assert_ne!(ContentHash::of(&base), ContentHash::of(&spec));
+    }
+
+    #[test]
+    fn the_end_of_a_pod_moves_the_hash_once() {
+        let pod = |status: Value| ContentHash::of(&json!({"metadata": {"name": "a"}, "status": status}));
+        let running = pod(json!({"phase": "Running", "podIP": "10.0.0.1"}));
+        assert_eq!(pod(json!({})), running);
+        let ended = pod(json!({"phase": "Failed", "podIP": "10.0.0.1"}));
+        assert_ne!(ended, running);
+        assert_eq!(pod(json!({"phase": "Failed"})), ended);
+        assert_ne!(pod(json!({"phase": "Succeeded"})), ended);
     }
 
     #[test]

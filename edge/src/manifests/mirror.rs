@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use skerry_proto::link::{Kind, MirrorPodReport, report};
+use skerry_proto::object::{ObjectKey, Uid};
 use skerry_proto::static_pod::MIRROR;
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
@@ -19,7 +20,7 @@ use super::full_name;
 use crate::clock::Clock;
 use crate::link::LinkStatus;
 use crate::pods::StaticPods;
-use crate::store::{NewReport, Store, StoreError};
+use crate::store::{NewReport, Store, StoreError, StoredObject};
 
 /// A wish that was not fulfilled is uttered again after this long: the provider may have refused it for a reason that
 /// has gone, such as a quota.
@@ -40,29 +41,112 @@ pub(crate) async fn run(
 ) {
     let mut objects = store.changes();
     let mut asked = HashMap::<String, (String, Instant)>::new();
+    let mut mirrors = Mirrors::default();
+    let mut changed = Changed::Any;
     loop {
+        if let Err(error) = mirrors.look(&store, &changed) {
+            tracing::warn!(%error, "the mirrors of static pods cannot be read; it is tried again");
+            changed = Changed::Any;
+        }
         let set = statics.borrow_and_update().clone();
         let online = link.borrow().synced;
-        if let Err(error) = compare(&store, &set, clock.as_ref(), online, &mut asked).await {
+        if let Err(error) = compare(&store, &mirrors, &set, clock.as_ref(), online, &mut asked).await {
             tracing::warn!(%error, "the mirrors of static pods are not brought up to date; it is tried again");
         }
         tokio::select! {
             () = stop.cancelled() => return,
-            changed = statics.changed() => if changed.is_err() { return },
-            alive = something_changed(&mut objects) => if !alive { return },
+            moved = statics.changed() => if moved.is_err() { return },
+            seen = pod_changed(&mut objects, &mirrors, &store) => match seen {
+                Some(seen) => changed = seen,
+                None => return,
+            },
             () = tokio::time::sleep(AGAIN) => {}
         }
     }
 }
 
-/// Waits for a change of some stored pod, or of the Node; false when the store is gone.
-async fn something_changed(objects: &mut broadcast::Receiver<crate::store::ObjectChanged>) -> bool {
+/// Which stored pods may be other than before.
+enum Changed {
+    Any,
+    These(Vec<Uid>),
+}
+
+/// The mirrors among the stored pods.
+#[derive(Default)]
+struct Mirrors(BTreeMap<Uid, Pod>);
+
+/// As much of a pod as tells whether it is a mirror.
+#[derive(serde::Deserialize)]
+struct InShort {
+    metadata: MetadataInShort,
+}
+
+#[derive(serde::Deserialize)]
+struct MetadataInShort {
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+fn is_mirror(object: &StoredObject) -> bool {
+    let short = object.decode::<InShort>();
+    short.is_ok_and(|pod| pod.metadata.annotations.is_some_and(|a| a.contains_key(MIRROR)))
+}
+
+impl Mirrors {
+    fn look(&mut self, store: &Store, changed: &Changed) -> Result<(), StoreError> {
+        match changed {
+            Changed::Any => {
+                let mut all = BTreeMap::new();
+                store.each(Kind::Pod, |object| {
+                    if is_mirror(&object)
+                        && let Ok(pod) = object.decode()
+                    {
+                        all.insert(object.key.uid.clone(), pod);
+                    }
+                })?;
+                self.0 = all;
+            }
+            Changed::These(uids) => {
+                for uid in uids {
+                    let key = ObjectKey {
+                        kind: Kind::Pod,
+                        uid: uid.clone(),
+                    };
+                    let object = store.get(&key)?.filter(is_mirror);
+                    match object.and_then(|object| object.decode().ok()) {
+                        Some(pod) => self.0.insert(uid.clone(), pod),
+                        None => self.0.remove(uid),
+                    };
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a change of a mirror, or of the Node; `None` when the store is gone.
+async fn pod_changed(
+    objects: &mut broadcast::Receiver<crate::store::ObjectChanged>,
+    mirrors: &Mirrors,
+    store: &Store,
+) -> Option<Changed> {
     loop {
         match objects.recv().await {
-            Ok(notice) if matches!(notice.key.kind, Kind::Pod | Kind::Node) => return true,
+            // What is wished waits for the Node.
+            Ok(notice) if notice.key.kind == Kind::Node => return Some(Changed::These(Vec::new())),
+            Ok(notice) if notice.key.kind == Kind::Pod => {
+                let known = mirrors.0.contains_key(&notice.key.uid);
+                if known
+                    || store
+                        .get(&notice.key)
+                        .is_ok_and(|found| found.is_some_and(|o| is_mirror(&o)))
+                {
+                    return Some(Changed::These(vec![notice.key.uid]));
+                }
+            }
             Ok(_) => {}
-            Err(broadcast::error::RecvError::Lagged(_)) => return true,
-            Err(broadcast::error::RecvError::Closed) => return false,
+            Err(broadcast::error::RecvError::Lagged(_)) => return Some(Changed::Any),
+            Err(broadcast::error::RecvError::Closed) => return None,
         }
     }
 }
@@ -70,6 +154,7 @@ async fn something_changed(objects: &mut broadcast::Receiver<crate::store::Objec
 /// Utters what differs, each wish once in a while; offline once, since it waits in the outbox. An empty hash is the wish that there be no mirror.
 async fn compare(
     store: &Store,
+    mirrors: &Mirrors,
     statics: &StaticPods,
     clock: &dyn Clock,
     online: bool,
@@ -82,16 +167,7 @@ async fn compare(
     if store.count(Kind::Node)? == 0 {
         return Ok(());
     }
-    let stored: Vec<Pod> = store
-        .list(Kind::Pod)?
-        .iter()
-        .filter_map(|o| o.decode().ok())
-        .collect();
-    let mirrors: BTreeMap<String, &Pod> = stored
-        .iter()
-        .filter(|pod| mirrored(pod).is_some())
-        .map(|pod| (full_name(pod), pod))
-        .collect();
+    let mirrors: BTreeMap<String, &Pod> = mirrors.0.values().map(|pod| (full_name(pod), pod)).collect();
     let wanted: BTreeMap<String, &Pod> = statics.values().map(|pod| (full_name(pod), &**pod)).collect();
     let mut wishes = BTreeMap::<String, (String, &Pod, bool)>::new();
     for (name, pod) in &wanted {
@@ -150,7 +226,7 @@ mod tests {
     use crate::clock::SystemClock;
     use serde_json::json;
     use skerry_proto::link::{Upsert, change};
-    use skerry_proto::object::{ContentHash, Uid, pack};
+    use skerry_proto::object::{ContentHash, pack};
 
     fn pod(uid: &str, annotations: serde_json::Value) -> Pod {
         serde_json::from_value(json!({
@@ -187,6 +263,18 @@ mod tests {
         store.apply(vec![change::Change::Upsert(upsert)]).await.unwrap();
     }
 
+    async fn looked_and_compared(
+        store: &Store,
+        statics: &StaticPods,
+        clock: &dyn Clock,
+        online: bool,
+        asked: &mut HashMap<String, (String, Instant)>,
+    ) -> Result<(), StoreError> {
+        let mut mirrors = Mirrors::default();
+        mirrors.look(store, &Changed::Any)?;
+        compare(store, &mirrors, statics, clock, online, asked).await
+    }
+
     fn wishes(store: &Store) -> Vec<MirrorPodReport> {
         let queued = store.waiting_reports(0, 100).unwrap();
         queued
@@ -204,15 +292,15 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let statics = StaticPods::Known([(Uid::from("h"), Arc::new(pod("h", json!({}))))].into());
         let mut asked = HashMap::new();
-        compare(&store, &statics, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &statics, &SystemClock, true, &mut asked)
             .await
             .unwrap();
         assert!(wishes(&store).is_empty(), "there is no Node yet");
         store_node(&store).await;
-        compare(&store, &statics, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &statics, &SystemClock, true, &mut asked)
             .await
             .unwrap();
-        compare(&store, &statics, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &statics, &SystemClock, true, &mut asked)
             .await
             .unwrap();
         let first = wishes(&store);
@@ -220,14 +308,14 @@ mod tests {
         let seq = |store: &Store| store.waiting_reports(0, 100).unwrap().last().unwrap().seq;
         let before = seq(&store);
         tokio::time::advance(AGAIN).await;
-        compare(&store, &statics, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &statics, &SystemClock, true, &mut asked)
             .await
             .unwrap();
         assert!(seq(&store) > before, "it was late");
         // It came, and nothing is wished; then somebody deletes it.
         store_pod(&store, &pod("m", json!({MIRROR: "h"}))).await;
         let before = seq(&store);
-        compare(&store, &statics, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &statics, &SystemClock, true, &mut asked)
             .await
             .unwrap();
         assert_eq!(seq(&store), before);
@@ -236,7 +324,7 @@ mod tests {
             jiff::Timestamp::now(),
         ));
         store_pod(&store, &leaving).await;
-        compare(&store, &statics, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &statics, &SystemClock, true, &mut asked)
             .await
             .unwrap();
         assert!(seq(&store) > before);
@@ -249,12 +337,12 @@ mod tests {
         store_node(&store).await;
         store_pod(&store, &pod("m", json!({MIRROR: "h"}))).await;
         let mut asked = HashMap::new();
-        compare(&store, &StaticPods::Unknown, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &StaticPods::Unknown, &SystemClock, true, &mut asked)
             .await
             .unwrap();
         assert!(wishes(&store).is_empty());
         let none = StaticPods::Known(BTreeMap::new());
-        compare(&store, &none, &SystemClock, true, &mut asked)
+        looked_and_compared(&store, &none, &SystemClock, true, &mut asked)
             .await
             .unwrap();
         let wish = &wishes(&store)[0];

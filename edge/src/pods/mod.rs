@@ -35,6 +35,7 @@ mod groups;
 mod hooks;
 mod httpget;
 mod images;
+mod intake;
 mod ledger;
 mod message;
 mod mounts;
@@ -48,6 +49,7 @@ mod record;
 mod resize;
 mod resources;
 mod restart_all;
+mod resting;
 mod security;
 mod starts;
 mod statics;
@@ -82,7 +84,7 @@ use events::Events;
 use images::Images;
 use ledger::{Ledger, Nudge};
 pub use probes::ProbeMetrics;
-use record::PodRecord;
+use record::{PodRecord, View};
 pub use starts::Starts;
 pub use terminations::Terminations;
 use worker::{Orders, Shared, Worker};
@@ -222,6 +224,7 @@ impl Pods {
             user_ranges,
             probes: Arc::default(),
             phases: Mutex::default(),
+            resting: resting::Resting::default(),
             starts,
             terminations: Terminations::default(),
             summary: watch::Sender::new(Summary::default()),
@@ -271,7 +274,7 @@ impl Pods {
         volumes::measure_empty_dirs(pod, &self.shared.config.root_dir.join(uid))
     }
 
-    /// Pods that have a worker.
+    /// Pods that have a worker: all but those that have ended for good.
     pub fn pod_count(&self) -> usize {
         self.shared
             .phases
@@ -291,6 +294,7 @@ impl Pods {
             seen: BTreeMap::new(),
             looks: JoinSet::new(),
             next_look: tokio::time::Instant::now(),
+            intake: intake::Intake::new(),
             stop: stop.clone(),
         };
         let mut objects = self.shared.store.changes();
@@ -314,7 +318,11 @@ impl Pods {
                 // Wakes those for which it finds something; a worker looks up by itself now and then.
                 _ = tick.tick() => supervisor.look(Ok(())),
                 // The sender lives in `self`.
-                _ = rounds.changed() => supervisor.wake(|_| true),
+                _ = rounds.changed() => {
+                    supervisor.wake(|_| true);
+                    supervisor.report_resting();
+                }
+                (uid, place) = supervisor.intake.next() => supervisor.take_in(&uid, place),
                 Some(nudge) = nudges.recv() => supervisor.nudged(nudge),
                 // The sender lives in `self`.
                 _ = statics.changed() => supervisor.look_at_statics(),
@@ -346,22 +354,26 @@ struct Supervisor {
     looks: JoinSet<Result<Inventory, RuntimeError>>,
     /// Not before that comes the next one.
     next_look: tokio::time::Instant,
+    intake: intake::Intake,
     stop: CancellationToken,
 }
 
 impl Supervisor {
-    /// Every pod of the store has a worker, and every worker whose pod is gone is told.
+    /// Every pod of the store has a worker or rests, and every worker whose pod is gone is told.
     fn look_at_everything(&mut self) -> Result<(), StoreError> {
-        let stored = self.shared.store.list(Kind::Pod)?;
-        let present: BTreeSet<Uid> = stored.iter().map(|o| o.key.uid.clone()).collect();
-        for object in &stored {
-            self.pod_changed(&object.key);
+        let recorded = self.find_resting()?;
+        let stored = self.shared.store.uids(Kind::Pod)?;
+        for uid in &stored {
+            if !self.shared.resting.has(uid) {
+                let uid = uid.clone();
+                self.pod_changed(&ObjectKey { kind: Kind::Pod, uid });
+            }
         }
+        let present: BTreeSet<Uid> = stored.into_iter().collect();
         // Records without an object: pods whose removal was not finished when the daemon stopped.
-        for (uid, _) in self.shared.store.state_list::<PodRecord>(ROOM)? {
-            let uid = Uid::from(uid);
-            if !present.contains(&uid) && !self.is_spared(&uid) {
-                self.start(&uid);
+        for uid in recorded {
+            if !present.contains(&uid) && !self.is_spared(&uid) && !self.shared.resting.has(&uid) {
+                self.begin(&uid);
             }
         }
         for (uid, orders) in &self.workers {
@@ -369,19 +381,23 @@ impl Supervisor {
                 orders.send_modify(|o| o.removed = true);
             }
         }
-        Ok(())
+        self.look_at_resting()
     }
 
     /// Enters every pod that was admitted before into the book, so that no new one takes its room.
     fn restore_ledger(&self) -> Result<(), StoreError> {
-        for (uid, record) in self.shared.store.state_list::<PodRecord>(ROOM)? {
-            let Some(given) = record.allocated.filter(|_| !record.released) else {
+        let mut holders = Vec::new();
+        self.shared
+            .store
+            .state_each::<resting::RecordInShort>(ROOM, |uid, record| {
+                holders.extend(record.holds_room().then(|| Uid::from(uid)));
+            })?;
+        for uid in holders {
+            let record = self.shared.store.state_get::<PodRecord>(ROOM, uid.as_str())?;
+            let Some(given) = record.and_then(|record| record.allocated) else {
                 continue;
             };
-            let key = ObjectKey {
-                kind: Kind::Pod,
-                uid: Uid::from(uid),
-            };
+            let key = ObjectKey { kind: Kind::Pod, uid };
             // A pod whose object is gone is about to stop.
             if let Some(object) = self.shared.store.get(&key)?
                 && let Ok(pod) = object.decode::<Pod>()
@@ -419,9 +435,10 @@ impl Supervisor {
         };
         match notice.key.kind {
             Kind::Pod if notice.removed => {
-                self.start(&notice.key.uid);
-                if let Some(orders) = self.workers.get(&notice.key.uid) {
-                    orders.send_modify(|o| o.removed = true);
+                self.shared.resting.wake(&notice.key.uid);
+                match self.workers.get(&notice.key.uid) {
+                    Some(orders) => orders.send_modify(|o| o.removed = true),
+                    None => self.begin(&notice.key.uid),
                 }
             }
             Kind::Pod => self.pod_changed(&notice.key),
@@ -440,32 +457,80 @@ impl Supervisor {
 
     /// Hands the newest object to the pod's worker.
     fn pod_changed(&mut self, key: &ObjectKey) {
+        if self.still_rests(key) {
+            return;
+        }
+        if !self.workers.contains_key(&key.uid) {
+            return self.begin(&key.uid);
+        }
         let pod = match self.shared.store.get(key) {
             Ok(Some(object)) => object.decode::<Pod>().map_err(|e| e.to_string()),
             Ok(None) => return,
             Err(error) => Err(error.to_string()),
         };
-        match pod {
+        match (pod, self.workers.get(&key.uid)) {
             // What it shows runs from a file, under another UID.
-            Ok(pod) if crate::manifests::mirror::mirrored(&pod).is_some() => self.mirror_changed(),
-            Ok(pod) => {
-                self.start(&key.uid);
-                if let Some(orders) = self.workers.get(&key.uid) {
-                    orders.send_modify(|o| o.pod = Some(Arc::new(pod)));
-                }
-            }
-            Err(error) => {
+            (Ok(pod), _) if crate::manifests::mirror::mirrored(&pod).is_some() => self.mirror_changed(),
+            (Ok(pod), Some(orders)) => orders.send_modify(|o| o.pod = Some(Arc::new(pod))),
+            (Ok(_), None) => {}
+            (Err(error), _) => {
                 tracing::error!(uid = %key.uid, error, "a stored pod cannot be read; it is left as it is")
             }
         }
     }
 
+    /// Gives the pod a worker as soon as there is a place for it.
+    fn begin(&mut self, uid: &Uid) {
+        if !self.workers.contains_key(uid)
+            && let Some(place) = self.intake.enter(uid)
+        {
+            self.take_in(uid, place);
+        }
+    }
+
+    /// The pod's turn has come: what the store says of it now decides.
+    fn take_in(&mut self, uid: &Uid, place: intake::Place) {
+        let key = ObjectKey {
+            kind: Kind::Pod,
+            uid: uid.clone(),
+        };
+        let first = match self.shared.store.get(&key) {
+            Ok(Some(object)) => match object.decode::<Pod>() {
+                Ok(pod) if crate::manifests::mirror::mirrored(&pod).is_some() => {
+                    return self.mirror_changed();
+                }
+                Ok(pod) => Orders {
+                    pod: Some(Arc::new(pod)),
+                    ..Orders::default()
+                },
+                Err(error) => {
+                    tracing::error!(%uid, %error, "a stored pod cannot be read; it is left as it is");
+                    return;
+                }
+            },
+            Ok(None) => Orders {
+                removed: true,
+                ..Orders::default()
+            },
+            // Nothing is known, so nothing is done; the next look at everything tries again.
+            Err(error) => {
+                tracing::error!(%uid, %error, "the store cannot be read");
+                return;
+            }
+        };
+        self.start_with(uid, first, Some(place));
+    }
+
     fn start(&mut self, uid: &Uid) {
+        self.start_with(uid, Orders::default(), None);
+    }
+
+    fn start_with(&mut self, uid: &Uid, first: Orders, place: Option<intake::Place>) {
         if self.workers.contains_key(uid) {
             return;
         }
-        let orders = watch::Sender::new(Orders::default());
-        let worker = Worker::new(self.shared.clone(), uid.clone(), orders.clone());
+        let orders = watch::Sender::new(first);
+        let worker = Worker::new(self.shared.clone(), uid.clone(), orders.clone(), place);
         let (stop, uid_of_task) = (self.stop.clone(), uid.clone());
         self.tasks.spawn(async move {
             tokio::select! {
@@ -551,8 +616,15 @@ impl Supervisor {
         let before = std::mem::replace(&mut self.seen, by_pod);
         let in_runtime: Vec<Uid> = self.seen.keys().cloned().collect();
         for uid in in_runtime {
-            if self.workers.contains_key(&uid) {
+            if self.workers.contains_key(&uid) || self.intake.waits(&uid) {
                 continue;
+            }
+            if self.shared.resting.has(&uid) {
+                // Its dead containers are kept for their logs.
+                if !self.seen.get(&uid).is_some_and(is_alive) {
+                    continue;
+                }
+                self.shared.resting.wake(&uid);
             }
             let key = ObjectKey {
                 kind: Kind::Pod,
@@ -563,10 +635,7 @@ impl Supervisor {
                 Ok(None) if self.is_spared(&uid) => {}
                 Ok(None) => {
                     tracing::info!(%uid, "a pod runs here that the store does not know; it is stopped");
-                    self.start(&uid);
-                    if let Some(orders) = self.workers.get(&uid) {
-                        orders.send_modify(|o| o.removed = true);
-                    }
+                    self.begin(&uid);
                 }
                 // Nothing is known, so nothing is stopped.
                 Err(error) => tracing::error!(%uid, %error, "the store cannot be read"),
@@ -583,6 +652,11 @@ impl Supervisor {
         match ended {
             Ok(uid) => {
                 self.workers.remove(&uid);
+                // What came between its last look and its end.
+                if self.shared.resting.has(&uid) {
+                    let kind = Kind::Pod;
+                    self.pod_changed(&ObjectKey { kind, uid });
+                }
             }
             Err(error) => {
                 tracing::error!(%error, "a pod's worker failed; it starts again with the next look")
@@ -598,4 +672,9 @@ impl Supervisor {
         // A static pod may have waited for this one's name.
         self.look_at_statics();
     }
+}
+
+/// Anything of the pod may be running.
+fn is_alive(pod: &Inventory) -> bool {
+    View::new(pod.sandboxes.clone(), pod.containers.clone()).anything_alive()
 }

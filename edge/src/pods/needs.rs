@@ -10,20 +10,27 @@ use crate::images::{Forget, Needs, NeedsError};
 
 impl Needs for Pods {
     fn images(&self) -> Result<BTreeSet<String>, NeedsError> {
-        // Counted first: a pod that comes in between must not pass for one that cannot be read.
-        let expected = self.shared.store.count(Kind::Pod)?;
-        let stored = self.shared.store.list(Kind::Pod)?;
-        let pods: Vec<Pod> = stored.iter().filter_map(|object| object.decode().ok()).collect();
-        let unreadable = expected.max(stored.len()) - pods.len();
-        if unreadable > 0 {
-            return Err(NeedsError::Unreadable(unreadable));
+        let mut names = BTreeSet::new();
+        let mut undecoded = 0;
+        // One at a time: there may be thousands. What has ended and rests needs no image any more.
+        let (_, unread) = self.shared.store.each(Kind::Pod, |object| {
+            if self.shared.resting.has(&object.key.uid) {
+                return;
+            }
+            match object.decode::<Pod>() {
+                Ok(pod) => names.extend(images_of(&pod)),
+                Err(_) => undecoded += 1,
+            }
+        })?;
+        if unread + undecoded > 0 {
+            return Err(NeedsError::Unreadable(unread + undecoded));
         }
         let statics = match &*self.shared.statics.borrow() {
             StaticPods::Unknown => return Err(NeedsError::StaticPods),
             StaticPods::Known(statics) => statics.values().cloned().collect::<Vec<_>>(),
         };
-        let statics = statics.iter().map(|pod| &**pod);
-        Ok(pods.iter().chain(statics).flat_map(images_of).collect())
+        names.extend(statics.iter().flat_map(|pod| images_of(pod)));
+        Ok(names)
     }
 
     fn before_listing(&self) -> Forget {

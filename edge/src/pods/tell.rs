@@ -179,6 +179,7 @@ impl Worker {
         {
             *counts.entry(phase.clone()).or_insert(0) += 1;
         }
+        self.shared.resting.count(&mut counts);
         self.shared.summary.send_modify(|s| s.by_phase = counts);
     }
 }

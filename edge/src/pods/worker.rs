@@ -58,6 +58,8 @@ pub(super) struct Shared {
     pub(super) terminations: super::Terminations,
     /// Phase by UID.
     pub(super) phases: Mutex<HashMap<Uid, String>>,
+    /// Pods that have ended and have no worker any more.
+    pub(super) resting: super::resting::Resting,
     pub(super) summary: watch::Sender<Summary>,
     /// Moves when every status must be reported again, changed or not.
     pub(super) report_round: watch::Sender<u64>,
@@ -154,11 +156,18 @@ pub(super) struct Worker {
     pub(super) unsure: bool,
     /// The UID under which it was last reported.
     pub(super) reported_as: Option<Uid>,
+    /// Held until it is decided what becomes of the pod.
+    place: Option<super::intake::Place>,
     pub(super) trace: Trace,
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, uid: Uid, waker: watch::Sender<Orders>) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        uid: Uid,
+        waker: watch::Sender<Orders>,
+        place: Option<super::intake::Place>,
+    ) -> Self {
         let record = shared.store.state_get::<PodRecord>(ROOM, uid.as_str()).unwrap_or_else(|error| {
             tracing::error!(%uid, %error, "a pod's record cannot be read; it starts anew from the runtime");
             None
@@ -193,6 +202,7 @@ impl Worker {
             writes: Mutex::default(),
             unsure: false,
             reported_as,
+            place,
             trace: Trace::new(),
         }
     }
@@ -212,16 +222,23 @@ impl Worker {
             // Whatever came of the round: what it wrote must be on disk before the next.
             match result.and(self.on_disk().await) {
                 Ok(()) if orders.removed => break,
+                Ok(()) if self.may_rest(&orders) => return self.rest(),
                 Ok(()) => {}
                 Err(error) => {
                     tracing::warn!(uid = %self.uid, %error, "a pod's round failed; trying again");
                     self.again = self.again.min(RETRY);
                 }
             }
+            self.place = None;
             if self.wait(&orders).await.is_err() {
                 return;
             }
         }
+        self.forget();
+    }
+
+    /// Leaves nothing behind in the books of those that have a worker.
+    pub(super) fn forget(&self) {
         self.shared
             .phases
             .lock()
@@ -293,6 +310,7 @@ impl Worker {
         let begun = Instant::now();
         let admitted = self.admit(wished).await?;
         self.trace.note(Stage::Admission, begun);
+        self.place = None;
         let pod = match admitted {
             Admitted::Yes(pod) => *pod,
             Admitted::NotYet => return self.publish(wished, false).await,

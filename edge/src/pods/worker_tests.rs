@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::fixtures::UID;
-use super::{Pods, PodsConfig};
+use super::{Pods, PodsConfig, Summary};
 use crate::clock::SystemClock;
 use crate::runtime::{
     Container, ContainerConfig, ContainerId, ContainerState, ExecOutput, ExecRequest, Image, Inventory,
@@ -259,6 +259,7 @@ struct Site {
 }
 
 struct Running {
+    pods: Pods,
     stop: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
@@ -324,8 +325,9 @@ impl Site {
         );
         let stop = CancellationToken::new();
         let token = stop.clone();
-        let task = tokio::spawn(async move { pods.run(token).await.unwrap() });
-        Running { stop, task }
+        let running = pods.clone();
+        let task = tokio::spawn(async move { running.run(token).await.unwrap() });
+        Running { pods, stop, task }
     }
 
     /// Waits until the runtime looks like that.
@@ -434,6 +436,63 @@ async fn a_pod_that_succeeded_never_runs_again_even_after_a_reboot() {
     second.stop().await;
     assert_eq!(site.runtime.state.lock().unwrap().containers.len(), 1);
     assert_eq!(before[0].1["end"]["succeeded"], true);
+}
+
+#[tokio::test]
+async fn a_pod_that_has_ended_rests_without_a_worker_until_its_object_is_deleted() {
+    let site = Site::new();
+    site.put(&pod("Never")).await;
+    let daemon = site.start();
+    let c = site.running(0).await;
+    site.runtime.exit(&c.id, 0);
+    let mut summary = daemon.pods.summary();
+    let rests = |s: &Summary| s.by_phase.get("Succeeded") == Some(&1);
+    summary.wait_for(rests).await.unwrap();
+    resting(&daemon.pods).await;
+    // Until the object shows the end, each round reports it again.
+    let reports = || site.store.waiting_reports(0, 1000).unwrap();
+    let last = |reports: &[Report]| {
+        let of_pod = |r: &&Report| matches!(&r.report, Some(report::Report::PodStatus(_)));
+        reports.iter().filter(of_pod).map(|r| r.seq).max().unwrap()
+    };
+    let before = last(&reports());
+    daemon.pods.report_all();
+    let mut moved = site.store.outbox_moved();
+    while last(&reports()) == before {
+        moved.changed().await.unwrap();
+    }
+    let mut shown = pod("Never");
+    shown["status"] = json!({"phase": "Succeeded"});
+    site.put(&shown).await;
+    // The next daemon lets it rest at once, and has nothing to say of it.
+    daemon.stop().await;
+    let daemon = site.start();
+    let mut summary = daemon.pods.summary();
+    summary.wait_for(|s| s.synced).await.unwrap();
+    assert_eq!(daemon.pods.pod_count(), 0);
+    let before = last(&reports());
+    daemon.pods.report_all();
+    let mut deleted = shown;
+    deleted["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    deleted["metadata"]["deletionGracePeriodSeconds"] = json!(1);
+    site.put(&deleted).await;
+    site.reported(|r, s| r.finished && s["phase"] == "Succeeded")
+        .await;
+    assert!(last(&reports()) > before);
+    site.remove().await;
+    site.until(|i| (i.containers.is_empty() && i.sandboxes.is_empty()).then_some(()))
+        .await;
+    daemon.stop().await;
+}
+
+/// Waits until no pod has a worker.
+async fn resting(pods: &Pods) {
+    let wait = async {
+        while pods.pod_count() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap();
 }
 
 #[tokio::test]

@@ -28,6 +28,12 @@ pub(super) struct File {
     state: Mutex<State>,
 }
 
+/// How a file's pages are used.
+pub(super) struct Used {
+    pub(super) allocated_bytes: u64,
+    pub(super) stored_bytes: u64,
+}
+
 enum State {
     Open(Arc<Open>),
     /// It failed; the next transaction opens it again.
@@ -92,6 +98,53 @@ impl File {
 
     pub(super) fn traffic(&self) -> &Traffic {
         &self.traffic
+    }
+
+    /// A snapshot that outlives this call, and the database that it needs.
+    pub(super) fn snapshot(&self) -> Result<(Arc<Open>, ReadTransaction), StoreError> {
+        let database = self.database()?;
+        let transaction = database.begin_read()?;
+        Ok((database, transaction))
+    }
+
+    /// A new store beside this one, which [`File::replace`] puts in its place.
+    pub(super) fn draft(&self) -> Result<Open, StoreError> {
+        schema::draft(&*self.place, self.cache_bytes, &self.traffic)
+            .map_err(|error| StoreError::Reopen(Box::new(error)))
+    }
+
+    /// Puts a draft, all of which is on disk, in this store's place. Readers of the old one go on with what they see.
+    pub(super) fn replace(&self, draft: Open) -> Result<(), StoreError> {
+        let mut state = self.lock();
+        if !matches!(&*state, State::Open(_)) {
+            return Err(StoreError::Busy);
+        }
+        self.place
+            .adopt()
+            .map_err(|error| StoreError::Database(redb::Error::Io(error)))?;
+        *state = State::Open(Arc::new(draft));
+        Ok(())
+    }
+
+    pub(super) fn discard_draft(&self) {
+        if let Err(error) = self.place.discard() {
+            tracing::warn!(path = %self.path().display(), %error, "a draft of the store cannot be removed");
+        }
+    }
+
+    /// How the pages are used. Reads all of the file.
+    pub(super) fn statistics(&self) -> Result<Used, StoreError> {
+        self.attempt(
+            |database| database.begin_write(),
+            |transaction| {
+                let stats = transaction.stats()?;
+                transaction.abort()?;
+                Ok(Used {
+                    allocated_bytes: stats.allocated_pages() * stats.page_size() as u64,
+                    stored_bytes: stats.stored_bytes(),
+                })
+            },
+        )
     }
 
     /// Reads from a consistent snapshot.

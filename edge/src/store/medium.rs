@@ -19,8 +19,12 @@ use redb::{BackendError, StorageBackend};
 pub(super) trait Place: Send + Sync {
     /// Opens what is there for reading and writing; `None` when there is nothing.
     fn open(&self) -> io::Result<Option<Box<dyn StorageBackend>>>;
-    /// Puts a complete new store in place, at once or not at all. `fill` writes it.
-    fn create(&self, fill: &mut dyn FnMut(Box<dyn StorageBackend>) -> io::Result<()>) -> io::Result<()>;
+    /// An empty storage beside it, in place of any earlier draft.
+    fn draft(&self) -> io::Result<Box<dyn StorageBackend>>;
+    /// Puts the draft in place of what is there, at once or not at all.
+    fn adopt(&self) -> io::Result<()>;
+    /// Removes the draft, if there is one. It never was the store.
+    fn discard(&self) -> io::Result<()>;
     /// Bytes that it takes now.
     fn len(&self) -> u64;
     /// For messages.
@@ -36,7 +40,7 @@ impl OnDisk {
     }
 
     /// Where a new file is made before it takes the old one's place.
-    fn draft(&self) -> PathBuf {
+    fn draft_path(&self) -> PathBuf {
         let mut name = self.0.clone().into_os_string();
         name.push(".new");
         PathBuf::from(name)
@@ -45,11 +49,6 @@ impl OnDisk {
 
 impl Place for OnDisk {
     fn open(&self) -> io::Result<Option<Box<dyn StorageBackend>>> {
-        // What a power cut left of a file in the making. It never was the store.
-        match std::fs::remove_file(self.draft()) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
         match std::fs::File::options().read(true).write(true).open(&self.0) {
             Ok(file) => Ok(Some(backend(file)?)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -57,20 +56,30 @@ impl Place for OnDisk {
         }
     }
 
-    fn create(&self, fill: &mut dyn FnMut(Box<dyn StorageBackend>) -> io::Result<()>) -> io::Result<()> {
-        let draft = self.draft();
+    fn draft(&self) -> io::Result<Box<dyn StorageBackend>> {
         let file = std::fs::File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
-            .open(&draft)?;
-        fill(backend(file)?)?;
+            .open(self.draft_path())?;
+        backend(file)
+    }
+
+    fn adopt(&self) -> io::Result<()> {
+        let draft = self.draft_path();
         std::fs::File::open(&draft)?.sync_all()?;
         std::fs::rename(&draft, &self.0)?;
         match self.0.parent() {
             Some(dir) => std::fs::File::open(dir)?.sync_all(),
             None => Ok(()),
+        }
+    }
+
+    fn discard(&self) -> io::Result<()> {
+        match std::fs::remove_file(self.draft_path()) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
         }
     }
 

@@ -36,10 +36,16 @@
 //! [`Store::open`] fails and says what to do. A new file is complete before it gets its name. `meta.schema` is checked
 //! before anything else; a newer schema is refused, older ones are migrated step by step in [`schema`].
 //!
+//! **Compaction.** See [`compact`]: by copying at idle, beside readers and writers.
+//!
 //! **Invariants** (tested against a simple model, `model.rs`, also after a power cut at every single operation of the
 //! disk, in `powercut_tests.rs`): `names` points only to stored objects; every `outbox_keys` entry points to a stored
 //! report that carries that key; numbers ascend.
 
+mod check;
+mod compact;
+#[cfg(test)]
+mod compact_tests;
 mod digest;
 #[cfg(test)]
 mod digest_tests;
@@ -78,6 +84,8 @@ use file::File;
 use medium::{OnDisk, Place};
 use writer::{Done, Write, Writer};
 
+pub use check::Statistics;
+pub use compact::Compacted;
 pub use ended::MAX_ENDED;
 pub use outbox::NewReport;
 pub use retention::{DropReason, Lane, LaneLimits, LaneUse, Retention};
@@ -151,6 +159,9 @@ pub enum StoreError {
     /// Not tried, because the disk has just refused another write. Nothing was changed.
     #[error("the store did not try a write, since the disk refused the one before it")]
     NotTried,
+    /// It could not be compacted now, since too much was written, or it was closed.
+    #[error("the store is busy")]
+    Busy,
     /// A stored value cannot be read.
     #[error("a stored {what} cannot be read: {reason}")]
     Value {

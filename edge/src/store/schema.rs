@@ -45,28 +45,29 @@ pub(super) fn open(
     if backend.len().map_err(failed)? == 0 {
         return Err(damaged(path, "the file is empty"));
     }
-    open_backend(backend, path, cache_bytes, traffic)
+    let opened = open_backend(backend, path, cache_bytes, traffic)?;
+    // What a power cut left. Only now: before, it may have been another daemon's.
+    if let Err(error) = place.discard() {
+        tracing::warn!(path = %path.display(), %error, "a draft of the store cannot be removed");
+    }
+    Ok(opened)
 }
 
 /// Makes a new store, complete before it gets its name: a power cut leaves a whole one or none.
 fn create(place: &dyn Place, cache_bytes: usize, traffic: &Arc<Traffic>) -> Result<(), OpenError> {
+    drop(draft(place, cache_bytes, traffic)?);
+    place.adopt().map_err(|error| io_error(place.path(), &error))
+}
+
+/// A new store that does not have its name yet.
+pub(super) fn draft(
+    place: &dyn Place,
+    cache_bytes: usize,
+    traffic: &Arc<Traffic>,
+) -> Result<Open, OpenError> {
     let path = place.path();
-    let mut refused = None;
-    let made = place.create(
-        &mut |backend| match open_backend(backend, path, cache_bytes, traffic) {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let words = error.to_string();
-                refused = Some(error);
-                Err(io::Error::other(words))
-            }
-        },
-    );
-    match (made, refused) {
-        (Ok(()), _) => Ok(()),
-        (Err(_), Some(error)) => Err(error),
-        (Err(error), None) => Err(io_error(path, &error)),
-    }
+    let backend = place.draft().map_err(|error| io_error(path, &error))?;
+    open_backend(backend, path, cache_bytes, traffic).map(|(database, _)| database)
 }
 
 fn open_backend(

@@ -14,9 +14,25 @@ use super::medium::{Op, Place};
 /// What a disk writes at once, if anything.
 const SECTOR: usize = 512;
 
-/// Clones are the same disk.
+/// A place for one file and its draft. Clones are the same.
 #[derive(Clone)]
-pub(super) struct Disk(Arc<Mutex<State>>);
+pub(super) struct Disk(Arc<Mutex<Shelf>>);
+
+struct Shelf {
+    file: SimFile,
+    draft: Option<SimFile>,
+    no_drafts: bool,
+}
+
+/// A file; clones are the same one.
+#[derive(Clone, Default)]
+struct SimFile(Arc<Mutex<State>>);
+
+impl SimFile {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 #[derive(Default)]
 struct State {
@@ -29,58 +45,91 @@ struct State {
 impl Disk {
     /// A disk with nothing on it.
     pub(super) fn empty() -> Self {
-        Self(Arc::default())
+        let file = SimFile::default();
+        Self(Arc::new(Mutex::new(Shelf {
+            file,
+            draft: None,
+            no_drafts: false,
+        })))
     }
 
     pub(super) fn holding(content: Vec<u8>) -> Self {
         let disk = Self::empty();
-        disk.state().content = Some(content);
+        disk.file().state().content = Some(content);
         disk
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn file(&self) -> SimFile {
+        self.shelf().file.clone()
+    }
+
     pub(super) fn content(&self) -> Vec<u8> {
-        self.state().content.clone().unwrap_or_default()
+        self.file().state().content.clone().unwrap_or_default()
     }
 
     /// Changes it behind the store's back.
     pub(super) fn damage(&self, how: impl FnOnce(&mut Vec<u8>)) {
-        how(self.state().content.get_or_insert_default());
+        how(self.file().state().content.get_or_insert_default());
     }
 
     /// How many operations it has carried out.
     pub(super) fn operations(&self) -> usize {
-        self.state().log.len()
+        self.file().state().log.len()
     }
 
     pub(super) fn log(&self) -> Vec<Op> {
-        self.state().log.clone()
+        self.file().state().log.clone()
+    }
+
+    /// Drafts find no room from now on.
+    pub(super) fn refuse_drafts(&self) {
+        self.shelf().no_drafts = true;
     }
 
     /// Room for so many bytes, or without end.
     pub(super) fn set_capacity(&self, bytes: Option<usize>) {
-        self.state().capacity = bytes;
+        self.file().state().capacity = bytes;
     }
 }
 
 impl Place for Disk {
     fn open(&self) -> io::Result<Option<Box<dyn StorageBackend>>> {
-        let there = self.state().content.is_some();
-        Ok(there.then(|| Box::new(self.clone()) as Box<dyn StorageBackend>))
+        let file = self.file();
+        let there = file.state().content.is_some();
+        Ok(there.then(|| Box::new(file) as Box<dyn StorageBackend>))
     }
 
-    fn create(&self, fill: &mut dyn FnMut(Box<dyn StorageBackend>) -> io::Result<()>) -> io::Result<()> {
-        let draft = Disk::holding(Vec::new());
-        fill(Box::new(draft.clone()))?;
-        self.state().content = Some(draft.content());
+    fn draft(&self) -> io::Result<Box<dyn StorageBackend>> {
+        let draft = SimFile::default();
+        draft.state().content = Some(Vec::new());
+        if self.shelf().no_drafts {
+            draft.state().capacity = Some(64 * 1024);
+        }
+        self.shelf().draft = Some(draft.clone());
+        Ok(Box::new(draft))
+    }
+
+    /// # Panics
+    /// When something of the draft is not on the disk yet: a power cut after the rename would lose it.
+    fn adopt(&self) -> io::Result<()> {
+        let mut shelf = self.shelf();
+        let draft = shelf.draft.take().ok_or(ErrorKind::NotFound)?;
+        assert_eq!(draft.state().log.last(), Some(&Op::Sync));
+        shelf.file = draft;
+        Ok(())
+    }
+
+    fn discard(&self) -> io::Result<()> {
+        self.shelf().draft = None;
         Ok(())
     }
 
     fn len(&self) -> u64 {
-        self.state().content.as_ref().map_or(0, Vec::len) as u64
+        self.file().state().content.as_ref().map_or(0, Vec::len) as u64
     }
 
     fn path(&self) -> &Path {
@@ -88,9 +137,9 @@ impl Place for Disk {
     }
 }
 
-impl fmt::Debug for Disk {
+impl fmt::Debug for SimFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Disk")
+        f.write_str("SimFile")
     }
 }
 
@@ -129,9 +178,9 @@ fn carry_out(content: &mut Vec<u8>, op: &Op) {
     }
 }
 
-impl StorageBackend for Disk {
+impl StorageBackend for SimFile {
     fn len(&self) -> io::Result<u64> {
-        Ok(Place::len(self))
+        Ok(self.state().content.as_ref().map_or(0, Vec::len) as u64)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {

@@ -16,14 +16,18 @@ use std::time::Duration;
 use jiff::Timestamp;
 use redb::ReadableTable;
 use redb::WriteTransaction;
-use skerry_proto::link::change;
+use skerry_proto::link::{change, report};
 use skerry_proto::object::ObjectKey;
 use tokio::sync::oneshot;
 
+use super::compact::{self, Compacted, Compaction};
 use super::{DropReason, Lane, META, NewReport, ObjectChanged, Retention, STATE, Shared, StoreError, outbox};
 
 /// How often the age of what waits is looked at while nothing is written.
 const SWEEP: Duration = Duration::from_secs(60);
+
+/// How often a compaction is looked at.
+const COPY_LOOK: Duration = Duration::from_millis(50);
 
 /// Most writes in one transaction.
 const BATCH: usize = 256;
@@ -65,7 +69,11 @@ pub(super) struct Done {
 }
 
 impl Write {
-    fn carry_out(&self, transaction: &WriteTransaction, retention: &Retention) -> Result<Done, StoreError> {
+    pub(super) fn carry_out(
+        &self,
+        transaction: &WriteTransaction,
+        retention: &Retention,
+    ) -> Result<Done, StoreError> {
         match self {
             Write::Apply(changes) => Ok(Done {
                 changed: super::objects::apply(transaction, changes)?,
@@ -87,6 +95,31 @@ impl Write {
             }
         }
     }
+}
+
+impl Write {
+    /// Bytes that it takes in memory, roughly.
+    pub(super) fn weight(&self) -> usize {
+        let body = match self {
+            Self::Apply(changes) => changes.iter().map(change_weight).sum(),
+            Self::Report(_, report) => report_weight(&report.body),
+            Self::Put { json, .. } => json.len(),
+            Self::Settle { seqs, .. } => seqs.len() * 8,
+            Self::Distrust(_) | Self::BeginLife | Self::Sweep(_) | Self::Delete { .. } => 0,
+        };
+        body + 200
+    }
+}
+
+fn change_weight(change: &change::Change) -> usize {
+    match change {
+        change::Change::Upsert(upsert) => upsert.json_zstd.len() + 300,
+        change::Change::Remove(_) => 100,
+    }
+}
+
+fn report_weight(report: &report::Report) -> usize {
+    report.encoded_len()
 }
 
 /// Where the outcome of a write goes.
@@ -114,41 +147,61 @@ pub(super) fn ended() -> StoreError {
     }
 }
 
+/// What the thread is told.
+enum Message {
+    Write(Write, Answer),
+    Compact(mpsc::SyncSender<Result<Compacted, StoreError>>),
+}
+
 /// The queue's end. Dropping it waits until everything queued is on disk and the file is let go.
 pub(super) struct Writer {
     /// `None` only while it is being dropped.
-    queue: Option<mpsc::Sender<(Write, Answer)>>,
+    queue: Option<mpsc::Sender<Message>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Writer {
     pub(super) fn start(shared: Arc<Shared>) -> std::io::Result<Self> {
-        let (queue, writes) = mpsc::channel();
+        let (queue, messages) = mpsc::channel();
+        let writing = Loop {
+            shared,
+            compaction: None,
+            thought_at: None,
+        };
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || run(&shared, &writes))?;
+            .spawn(move || writing.run(&messages))?;
         Ok(Self {
             queue: Some(queue),
             thread: Some(thread),
         })
     }
 
+    /// A closed queue drops the answer's sender, which the receiver takes for a failure.
+    fn send(&self, message: Message) {
+        if let Some(queue) = &self.queue {
+            let _ = queue.send(message);
+        }
+    }
+
     /// Queues a write. The answer comes when it is on disk or has failed.
     pub(super) fn queue(&self, write: Write) -> oneshot::Receiver<Result<Done, StoreError>> {
         let (answer, answered) = oneshot::channel();
-        if let Some(queue) = &self.queue {
-            // A closed queue drops the answer's sender, which the receiver takes for a failure.
-            let _ = queue.send((write, Answer::Task(answer)));
-        }
+        self.send(Message::Write(write, Answer::Task(answer)));
         answered
     }
 
     /// Queues a write and waits for it. Blocking.
     pub(super) fn carry_out(&self, write: Write) -> Result<Done, StoreError> {
         let (answer, answered) = mpsc::sync_channel(1);
-        if let Some(queue) = &self.queue {
-            let _ = queue.send((write, Answer::Thread(answer)));
-        }
+        self.send(Message::Write(write, Answer::Thread(answer)));
+        answered.recv().map_err(|_| ended())?
+    }
+
+    /// Compacts the file and waits for it. Blocking.
+    pub(super) fn compact(&self) -> Result<Compacted, StoreError> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        self.send(Message::Compact(answer));
         answered.recv().map_err(|_| ended())?
     }
 }
@@ -163,26 +216,83 @@ impl Drop for Writer {
     }
 }
 
-fn run(shared: &Shared, writes: &mpsc::Receiver<(Write, Answer)>) {
-    loop {
-        let first = match writes.recv_timeout(SWEEP) {
-            Ok(first) => first,
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                sweep(shared);
-                continue;
+/// The thread's own.
+struct Loop {
+    shared: Arc<Shared>,
+    compaction: Option<Compaction>,
+    /// Bytes written when a compaction was last thought of.
+    thought_at: Option<u64>,
+}
+
+impl Loop {
+    fn run(mut self, messages: &mpsc::Receiver<Message>) {
+        loop {
+            let pause = match &self.compaction {
+                Some(_) => COPY_LOOK,
+                None => SWEEP,
+            };
+            match messages.recv_timeout(pause) {
+                Ok(first) => self.take(first, messages),
+                Err(mpsc::RecvTimeoutError::Timeout) => self.idle(),
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    if let Some(compaction) = self.compaction.take() {
+                        compaction.abandon(&self.shared);
+                    }
+                    return;
+                }
             }
-            Err(mpsc::RecvTimeoutError::Disconnected) => return,
-        };
-        let mut batch = vec![first];
-        batch.extend(writes.try_iter().take(BATCH - 1));
+            if self.compaction.as_ref().is_some_and(Compaction::is_copied)
+                && let Some(compaction) = self.compaction.take()
+            {
+                compaction.finish(&self.shared);
+            }
+        }
+    }
+
+    fn idle(&mut self) {
+        if self.compaction.is_some() {
+            return;
+        }
+        sweep(&self.shared);
+        if compact::is_due(&self.shared, &mut self.thought_at) {
+            self.compaction = Compaction::begin(&self.shared, None);
+        }
+    }
+
+    /// Takes a message, and with a write all writes that wait behind it.
+    fn take(&mut self, first: Message, messages: &mpsc::Receiver<Message>) {
+        let mut batch = Vec::new();
+        let mut next = Some(first);
+        while let Some(message) = next.take() {
+            match message {
+                Message::Write(write, answer) => {
+                    batch.push((write, answer));
+                    if batch.len() < BATCH {
+                        next = messages.try_recv().ok();
+                    }
+                }
+                Message::Compact(waiter) => {
+                    self.write(std::mem::take(&mut batch));
+                    match self.compaction {
+                        Some(_) => drop(waiter.send(Err(StoreError::Busy))),
+                        None => self.compaction = Compaction::begin(&self.shared, Some(waiter)),
+                    }
+                }
+            }
+        }
+        self.write(batch);
+    }
+
+    fn write(&mut self, batch: Vec<(Write, Answer)>) {
         let together = match &batch[..] {
+            [] => return,
             [_] => None,
-            several => commit(shared, several.iter().map(|(write, _)| write)).ok(),
+            several => commit(&self.shared, several.iter().map(|(write, _)| write)).ok(),
         };
         match together {
             Some(done) => {
-                for ((_, answer), done) in batch.into_iter().zip(done) {
-                    tell(shared, answer, Ok(done));
+                for ((write, answer), done) in batch.into_iter().zip(done) {
+                    self.written(write, answer, Ok(done));
                 }
             }
             None => {
@@ -192,17 +302,23 @@ fn run(shared: &Shared, writes: &mpsc::Receiver<(Write, Answer)>) {
                     let done = if refused {
                         Err(StoreError::NotTried)
                     } else {
-                        commit(shared, std::iter::once(&write))
+                        commit(&self.shared, std::iter::once(&write))
                     };
                     refused |= done.as_ref().is_err_and(StoreError::is_io);
-                    tell(
-                        shared,
-                        answer,
-                        done.map(|mut done| done.pop().unwrap_or_default()),
-                    );
+                    let done = done.map(|mut done| done.pop().unwrap_or_default());
+                    self.written(write, answer, done);
                 }
             }
         }
+    }
+
+    fn written(&mut self, write: Write, answer: Answer, done: Result<Done, StoreError>) {
+        if done.is_ok()
+            && let Some(compaction) = &mut self.compaction
+        {
+            compaction.note(write);
+        }
+        tell(&self.shared, answer, done);
     }
 }
 
