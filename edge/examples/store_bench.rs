@@ -306,6 +306,7 @@ fn report(number: usize) -> report::Report {
         name: name(number),
         status_json: status.to_string().into(),
         finished: false,
+        ..PodStatusReport::default()
     })
 }
 

@@ -17,7 +17,7 @@ const EXIT_CODES: &str = "Exit codes:
 
 Every flag of run can also be given as an environment variable (shown with it) or as a key of the
 configuration file (the flag's name without the dashes). Flags win over variables over the file.
-join and status read data-dir, provider and metrics-listen from there too.";
+join and status read data-dir, provider, proxy and metrics-listen from there too.";
 
 /// Runs a site's pods and devices, with or without the cloud.
 #[derive(Parser, Debug)]
@@ -41,6 +41,10 @@ pub enum Command {
         /// The provider, HOST:PORT; needed unless the configuration file names it
         #[arg(long, env = "SKERRY_PROVIDER", value_name = "HOST:PORT")]
         provider: Option<String>,
+        /// HTTP proxy to the provider, http://[USER:PASSWORD@]HOST:PORT, or none
+        /// [default: HTTPS_PROXY and NO_PROXY of the environment]
+        #[arg(long, env = "SKERRY_PROXY", value_name = "URL|none", hide_env_values = true)]
+        proxy: Option<String>,
         /// The token, a single line; - reads it from standard input
         #[arg(long, env = "SKERRY_TOKEN", value_name = "TOKEN", hide_env_values = true)]
         token: String,

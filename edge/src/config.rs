@@ -14,6 +14,8 @@ use serde::de::IgnoredAny;
 use skerry_telemetry::config;
 
 use crate::cgroup::Driver;
+use crate::identity::ProxyRules;
+use crate::link::BulkPolicy;
 use crate::node::{Reserved, Shares};
 
 pub use duties::{Duties, DutySettings};
@@ -34,6 +36,16 @@ pub enum RuntimeKind {
     Cri,
     /// No container engine: commands run as supervised processes of the host.
     Process,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// Who makes cgroups.
@@ -64,6 +76,16 @@ pub struct Settings {
     /// Provider to dial, HOST:PORT [default: the one that was joined]
     #[arg(long, env = "SKERRY_PROVIDER", value_name = "HOST:PORT")]
     pub provider: Option<String>,
+    /// HTTP proxy to the provider, http://[USER:PASSWORD@]HOST:PORT, or none
+    /// [default: HTTPS_PROXY and NO_PROXY of the environment]
+    #[arg(long, env = "SKERRY_PROXY", value_name = "URL|none", hide_env_values = true)]
+    pub proxy: Option<String>,
+    /// Whether bulk data keeps the line's queue short, on or off [default: on]
+    #[arg(long, env = "SKERRY_LINK_PACING", value_name = "on|off")]
+    pub link_pacing: Option<Switch>,
+    /// Congestion control of bulk data, for example bbr, where the kernel has it [default: the kernel's]
+    #[arg(long, env = "SKERRY_LINK_CONGESTION", value_name = "NAME")]
+    pub link_congestion: Option<String>,
     /// What runs the containers [default: cri]
     #[arg(long, env = "SKERRY_RUNTIME", value_name = "RUNTIME")]
     pub runtime: Option<RuntimeKind>,
@@ -138,6 +160,10 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// See [`Settings::provider`].
     pub provider: Option<String>,
+    /// See [`Settings::proxy`].
+    pub proxies: ProxyRules,
+    /// How bulk data is sent.
+    pub bulk: BulkPolicy,
     /// See [`Settings::runtime`].
     pub runtime: RuntimeKind,
     /// Path of the engine's socket.
@@ -193,6 +219,9 @@ impl Settings {
         Self {
             data_dir: self.data_dir.or(file.data_dir),
             provider: self.provider.or(file.provider),
+            proxy: self.proxy.or(file.proxy),
+            link_pacing: self.link_pacing.or(file.link_pacing),
+            link_congestion: self.link_congestion.or(file.link_congestion),
             runtime: self.runtime.or(file.runtime),
             runtime_endpoint: self.runtime_endpoint.or(file.runtime_endpoint),
             pod_log_dir: self.pod_log_dir.or(file.pod_log_dir),
@@ -271,6 +300,12 @@ impl Settings {
         let format = self.log_format.as_deref().unwrap_or("text");
         Ok(Config {
             provider: self.provider,
+            proxies: ProxyRules::new(self.proxy.as_deref(), |name| std::env::var(name).ok())
+                .map_err(ConfigError::Value)?,
+            bulk: BulkPolicy {
+                paced: self.link_pacing != Some(Switch::Off),
+                congestion: self.link_congestion,
+            },
             runtime: self.runtime.unwrap_or(RuntimeKind::Cri),
             runtime_socket: PathBuf::from(socket),
             pod_log_dir: self.pod_log_dir.map_or(default_logs, absolute),
@@ -379,6 +414,7 @@ mod tests {
             "reserved-cpu = 'much'",
             "reserved-memory = '-1Gi'",
             "cgroup-driver = 'x'",
+            "proxy = 'socks5://x:1'",
             "container-log-max-size = 'much'",
             "container-log-max-files = 1",
             "container-log-monitor-interval = '0s'",

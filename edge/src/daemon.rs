@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use prometheus_client::registry::Registry;
+use skerry_proto::SiteName;
 use skerry_proto::device::Defaults;
 use skerry_proto::link::Kind;
 use skerry_proto::object::Uid;
@@ -14,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::autonomy;
 use crate::clock::SystemClock;
 use crate::config::{Config, ConfigError, RuntimeKind};
 use crate::devices::{self, Devices};
@@ -21,12 +23,12 @@ use crate::eviction::{self, Pressure};
 use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
 use crate::images;
 use crate::inspect::{ConfigFacts, Inspect, kubelet_configuration};
-use crate::link::{Dial, Greeting, Link, boot_id};
+use crate::link::{Deferring, Dial, Gate, Greeting, Link, boot_id};
 use crate::local::{self, Local};
 use crate::manifests::{self, Manifests};
 use crate::metrics::Metrics;
 use crate::node::{self, NodeConfig};
-use crate::pods::{self, Pods, PodsConfig};
+use crate::pods::{self, Level, NodeEvents, Pods, PodsConfig};
 use crate::rotation;
 use crate::runtime::cri::CriRuntime;
 use crate::runtime::process::ProcessRuntime;
@@ -83,7 +85,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     tracing::info!(%site, %provider, runtime = runtime.scheme(), data_dir = %config.data_dir.display(), "the site is starting");
 
     let (identity_sender, identity) = watch::channel(Arc::new(identity));
-    let dial: Arc<dyn Dial> = Arc::new(Dialer::new(&provider, identity.clone()).map_err(ConfigError::Value)?);
+    let dial: Arc<dyn Dial> = Arc::new(
+        Dialer::new(&provider, identity.clone())
+            .map_err(ConfigError::Value)?
+            .through(config.proxies.clone()),
+    );
     let pods = Pods::new(
         PodsConfig {
             node_name: site.to_string(),
@@ -136,19 +142,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         config.pod_log_dir.clone(),
     );
     let streams = Arc::new(streams.answering(Arc::new(inspect)));
+    let greeted = site.clone();
     let greeting = Greeting {
         site: site.clone(),
         boot_id: boot_id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: store.begin_life()?,
     };
-    let link = Arc::new(Link::new(
+    let link = Link::new(
         store.clone(),
         streams,
         Arc::clone(&dial),
         greeting,
         Arc::clone(&metrics),
-    ));
+    );
+    let link = Arc::new(link.with_bulk(config.bulk.clone()));
     let endpoints = endpoints(&metrics, &pods, &store, &identity);
     let (address, metrics_task) =
         skerry_telemetry::http::serve(config.metrics_listen, endpoints, stop.clone()).await?;
@@ -255,6 +263,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         },
         stop.clone(),
     ));
+    let autonomy = autonomy::Watch::open(greeted.clone(), store.clone(), pods.clone(), boot_id())?;
+    rooms.spawn(autonomy.run(link.status(), stop.clone()));
+    rooms.spawn(say_held_back(
+        link.gate(),
+        pods.node_events(),
+        greeted,
+        Arc::clone(&metrics),
+        stop.clone(),
+    ));
     rooms.spawn(refresh_after_sync(pods.clone(), link.status(), stop.clone()));
     rooms.spawn(link.run(stop.clone()));
     let ended = pods.run(stop.clone()).await;
@@ -309,11 +326,59 @@ async fn refresh_after_sync(
             () = stop.cancelled() => return,
             changed = link.changed() => if changed.is_err() { return },
         }
-        let now = link.borrow_and_update().synced;
+        let status = link.borrow_and_update().clone();
+        pods.set_critical_priority(status.critical_priority);
+        let now = status.synced;
         if now && !synced {
             pods.report_all();
         }
         synced = now;
+    }
+}
+
+/// Says in events when something is held back on the link, and when it is no more.
+async fn say_held_back(
+    mut gate: watch::Receiver<Gate>,
+    events: NodeEvents,
+    site: SiteName,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) {
+    let mut before = Gate::default();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = gate.changed() => if changed.is_err() { return },
+        }
+        let now = *gate.borrow_and_update();
+        metrics.set_saturated(now.saturated);
+        if now.saturated != before.saturated {
+            let (level, reason, message) = if now.saturated {
+                let message = "There is more to send than the uplink takes: best-effort pods' reports and streams wait.";
+                (Level::Warning, "UplinkSaturated", message)
+            } else {
+                let message = "The uplink takes everything again: nothing waits for it any more.";
+                (Level::Normal, "UplinkFree", message)
+            };
+            events.emit(&site, level, reason, message.to_owned()).await;
+        }
+        if now.deferring != before.deferring {
+            let (reason, message) = match now.deferring {
+                Deferring::Not => (
+                    "LinkResumed",
+                    "What waited for the link profile goes out.".to_owned(),
+                ),
+                other => (
+                    "LinkDeferring",
+                    format!(
+                        "{}: reports and streams that are not critical wait.",
+                        other.reason()
+                    ),
+                ),
+            };
+            events.emit(&site, Level::Normal, reason, message).await;
+        }
+        before = now;
     }
 }
 

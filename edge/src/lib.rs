@@ -5,6 +5,7 @@
 //!
 //! One room per folder; `docs/architecture.md` is the map. [`daemon::run`] wires them together.
 
+pub mod autonomy;
 pub mod cgroup;
 pub mod cli;
 pub mod clock;

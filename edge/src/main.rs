@@ -108,12 +108,14 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         }
         Command::Join {
             provider,
+            proxy,
             token,
             data_dir,
             force,
         } => {
             let settings = Settings {
                 provider,
+                proxy,
                 data_dir,
                 ..Settings::default()
             };
@@ -124,6 +126,7 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
             let token = if token == "-" { token_from_stdin()? } else { token };
             let site = join(&JoinOptions {
                 provider,
+                proxies: config.proxies,
                 token,
                 data_dir: config.data_dir,
                 force,

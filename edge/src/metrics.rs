@@ -9,7 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use skerry_proto::SiteName;
+use skerry_proto::{Class, SiteName};
 
 use crate::store::{DropReason, Lane, LaneUse};
 
@@ -41,6 +41,19 @@ pub struct SiteLabels {
     node: String,
 }
 
+/// Labels of what the site is.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct InfoLabels {
+    node: String,
+    class: &'static str,
+}
+
+/// Labels of what is counted by class.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ClassLabels {
+    class: &'static str,
+}
+
 /// A tunnel that is open.
 struct OpenTunnel(Gauge);
 
@@ -57,6 +70,10 @@ pub struct Metrics {
     site: SiteLabels,
     node_status: Family<SiteLabels, Gauge>,
     requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
+    info: Family<InfoLabels, Gauge>,
+    heartbeats: Family<ClassLabels, Histogram, fn() -> Histogram>,
+    saturated: Gauge,
+    shed: Gauge,
     certificate: Gauge<f64, std::sync::atomic::AtomicU64>,
     dropped: Family<DropLabels, Counter>,
     outbox_bytes: Family<LaneLabels, Gauge>,
@@ -86,6 +103,30 @@ impl Metrics {
             "kubeedge_api_request_duration_seconds",
             "Round trips over the link, from the edge's point of view",
             requests.clone(),
+        );
+        let info = Family::<InfoLabels, Gauge>::default();
+        registry.register(
+            "skerry_site_info",
+            "1 for the class that the site has",
+            info.clone(),
+        );
+        let heartbeats: Family<ClassLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(BUCKETS));
+        registry.register(
+            "skerry_heartbeat_round_trip_seconds",
+            "Round trips of heartbeats, by the class that the site had",
+            heartbeats.clone(),
+        );
+        let (saturated, shed) = (Gauge::default(), Gauge::default());
+        registry.register(
+            "skerry_uplink_saturated",
+            "1 while there is more to send than the uplink takes: best-effort waits",
+            saturated.clone(),
+        );
+        registry.register(
+            "skerry_reports_shed",
+            "Reports of best-effort pods that were held back for it since the start",
+            shed.clone(),
         );
         let certificate = Gauge::<f64, std::sync::atomic::AtomicU64>::default();
         registry.register(
@@ -154,6 +195,10 @@ impl Metrics {
             site,
             node_status,
             requests,
+            info,
+            heartbeats,
+            saturated,
+            shed,
             certificate,
             dropped,
             outbox_bytes,
@@ -180,6 +225,35 @@ impl Metrics {
                 request: request.to_owned(),
             })
             .observe(took.as_secs_f64());
+    }
+
+    /// Notes the class that the provider named.
+    pub fn set_class(&self, class: Class) {
+        self.info.clear();
+        let labels = InfoLabels {
+            node: self.site.node.clone(),
+            class: class.as_str(),
+        };
+        self.info.get_or_create(&labels).set(1);
+    }
+
+    /// Notes the round trip of a heartbeat.
+    pub fn observe_heartbeat(&self, class: Class, took: Duration) {
+        self.observe_request("heartbeat", took);
+        let labels = ClassLabels {
+            class: class.as_str(),
+        };
+        self.heartbeats.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// Notes whether the uplink is saturated.
+    pub fn set_saturated(&self, saturated: bool) {
+        self.saturated.set(i64::from(saturated));
+    }
+
+    /// Notes how many reports of best-effort pods were held back.
+    pub fn set_shed(&self, shed: u64) {
+        self.shed.set(i64::try_from(shed).unwrap_or(i64::MAX));
     }
 
     /// Notes when the certificate expires.

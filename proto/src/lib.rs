@@ -3,6 +3,8 @@
 //! * [`link`]: the gRPC messages and services, generated from `proto/skerry/link/v1/link.proto`, which is the
 //!   document to read about the protocol;
 //! * [`SiteName`], [`SpiffeId`], [`TrustDomain`]: the names that both sides check;
+//! * [`autonomy`]: policies for the time without the cloud;
+//! * [`Class`]: how much a site or a pod matters;
 //! * [`static_pod`]: static pods and their mirrors;
 //! * [`token`]: the join token;
 //! * [`digest`]: how what a site holds is told in short;
@@ -11,6 +13,8 @@
 //! * [`stats`]: what a node and its pods use;
 //! * [`limits`]: sizes that both sides enforce.
 
+pub mod autonomy;
+mod class;
 pub mod device;
 pub mod digest;
 pub mod limits;
@@ -21,6 +25,7 @@ pub mod static_pod;
 pub mod stats;
 pub mod token;
 
+pub use class::{CRITICAL_PRIORITY, Class, InvalidClass, POD_CLASS};
 pub use site::{InvalidSiteName, SiteName};
 pub use spiffe::{InvalidSpiffeId, SpiffeId, TrustDomain};
 

@@ -18,6 +18,9 @@ pub const CHANGE_WINDOW: u64 = 256;
 /// Most reports that the edge sends ahead of the provider's results.
 pub const REPORT_WINDOW: usize = 256;
 
+/// Most reports on the control stream that the edge sends ahead of the provider's results: few, for the stream must stay free.
+pub const CONTROL_REPORT_WINDOW: usize = 16;
+
 /// Most tunnels of one site at a time, pending ones included.
 pub const MAX_TUNNELS_PER_SITE: usize = 512;
 

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Deserialize;
-use skerry_proto::TrustDomain;
+use skerry_proto::{CRITICAL_PRIORITY, TrustDomain};
 use skerry_telemetry::config;
+
+use crate::link::{Timing, Timings};
 
 pub use skerry_telemetry::config::ConfigError;
 
@@ -52,12 +54,28 @@ pub struct Settings {
     /// Address of /healthz, /readyz and /metrics [default: 0.0.0.0:9440]
     #[arg(long, env = "SKERRY_METRICS_LISTEN", value_name = "IP:PORT")]
     pub metrics_listen: Option<SocketAddr>,
-    /// How often sites send a heartbeat [default: 5 seconds]
+    /// How often sites of class standard send a heartbeat [default: 20 seconds]
     #[arg(long, env = "SKERRY_HEARTBEAT_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=600))]
     pub heartbeat_seconds: Option<u64>,
-    /// Silence after which a site is taken to be away; at least twice the heartbeat [default: 15 seconds]
+    /// Silence after which a site of class standard is taken to be away; at least twice its heartbeat
+    /// [default: three heartbeats]
     #[arg(long, env = "SKERRY_DEADLINE_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(2..=3600))]
     pub deadline_seconds: Option<u64>,
+    /// The same for sites of class critical [default: 2 seconds]
+    #[arg(long, env = "SKERRY_CRITICAL_HEARTBEAT_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub critical_heartbeat_seconds: Option<u64>,
+    /// The same for sites of class critical [default: five heartbeats]
+    #[arg(long, env = "SKERRY_CRITICAL_DEADLINE_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub critical_deadline_seconds: Option<u64>,
+    /// The same for sites of class best-effort [default: 60 seconds]
+    #[arg(long, env = "SKERRY_BEST_EFFORT_HEARTBEAT_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub best_effort_heartbeat_seconds: Option<u64>,
+    /// The same for sites of class best-effort [default: three heartbeats]
+    #[arg(long, env = "SKERRY_BEST_EFFORT_DEADLINE_SECONDS", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub best_effort_deadline_seconds: Option<u64>,
+    /// Priority from which on a pod is of class critical, unless it names its class [default: 1000000000]
+    #[arg(long, env = "SKERRY_CRITICAL_PRIORITY", value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
+    pub critical_priority: Option<i32>,
     /// What is logged, for example info,skerry_provider=debug [default: info]
     #[arg(long, env = "SKERRY_LOG", value_name = "FILTER", global = true)]
     pub log: Option<String>,
@@ -89,10 +107,8 @@ pub struct Config {
     pub node_address: Option<IpAddr>,
     /// See [`Settings::metrics_listen`].
     pub metrics_listen: SocketAddr,
-    /// See [`Settings::heartbeat_seconds`].
-    pub heartbeat: std::time::Duration,
-    /// See [`Settings::deadline_seconds`].
-    pub deadline: std::time::Duration,
+    /// What each class of site means for its link.
+    pub timings: Timings,
     /// See [`Settings::log`].
     pub log: String,
     /// See [`Settings::log_format`].
@@ -126,20 +142,48 @@ impl Settings {
             metrics_listen: self.metrics_listen.or(file.metrics_listen),
             heartbeat_seconds: self.heartbeat_seconds.or(file.heartbeat_seconds),
             deadline_seconds: self.deadline_seconds.or(file.deadline_seconds),
+            critical_heartbeat_seconds: self
+                .critical_heartbeat_seconds
+                .or(file.critical_heartbeat_seconds),
+            critical_deadline_seconds: self.critical_deadline_seconds.or(file.critical_deadline_seconds),
+            best_effort_heartbeat_seconds: self
+                .best_effort_heartbeat_seconds
+                .or(file.best_effort_heartbeat_seconds),
+            best_effort_deadline_seconds: self
+                .best_effort_deadline_seconds
+                .or(file.best_effort_deadline_seconds),
+            critical_priority: self.critical_priority.or(file.critical_priority),
             log: self.log.or(file.log),
             log_format: self.log_format.or(file.log_format),
         }
     }
 
-    fn complete(self) -> Result<Config, ConfigError> {
-        let any = |port| SocketAddr::from(([0, 0, 0, 0], port));
-        let heartbeat = self.heartbeat_seconds.unwrap_or(5);
-        let deadline = self.deadline_seconds.unwrap_or(15.max(heartbeat * 3));
-        if heartbeat == 0 || deadline < heartbeat * 2 {
+    fn timings(&self) -> Result<Timings, ConfigError> {
+        let critical_priority = self.critical_priority.unwrap_or(CRITICAL_PRIORITY);
+        if critical_priority < 1 {
             return Err(ConfigError::Value(format!(
-                "deadline-seconds ({deadline}) must be at least twice heartbeat-seconds ({heartbeat}), which must not be 0"
+                "critical-priority ({critical_priority}) must be above zero: most pods have priority 0"
             )));
         }
+        let given = [
+            (self.critical_heartbeat_seconds, self.critical_deadline_seconds),
+            (self.heartbeat_seconds, self.deadline_seconds),
+            (
+                self.best_effort_heartbeat_seconds,
+                self.best_effort_deadline_seconds,
+            ),
+        ];
+        Ok(Timings {
+            critical: timing("critical-", given[0], 2, 5)?,
+            standard: timing("", given[1], 20, 3)?,
+            best_effort: timing("best-effort-", given[2], 60, 3)?,
+            critical_priority,
+        })
+    }
+
+    fn complete(self) -> Result<Config, ConfigError> {
+        let any = |port| SocketAddr::from(([0, 0, 0, 0], port));
+        let timings = self.timings()?;
         let domain = self.trust_domain.unwrap_or_else(|| "skerry.local".to_owned());
         let format = self.log_format.as_deref().unwrap_or("text");
         Ok(Config {
@@ -155,14 +199,31 @@ impl Settings {
             kubelet_client_ca: self.kubelet_client_ca,
             node_address: self.node_address,
             metrics_listen: self.metrics_listen.unwrap_or(any(9440)),
-            heartbeat: std::time::Duration::from_secs(heartbeat),
-            deadline: std::time::Duration::from_secs(deadline),
+            timings,
             log: self.log.unwrap_or_else(|| "info".to_owned()),
             log_format: format
                 .parse()
                 .map_err(|e| ConfigError::Value(format!("log-format: {e}")))?,
         })
     }
+}
+
+/// Heartbeat and deadline of one class; `patience`: how many heartbeats the deadline is when it is not given.
+fn timing(
+    prefix: &str,
+    (heartbeat, deadline): (Option<u64>, Option<u64>),
+    default: u64,
+    patience: u64,
+) -> Result<Timing, ConfigError> {
+    let heartbeat = heartbeat.unwrap_or(default);
+    let deadline = deadline.unwrap_or(heartbeat.saturating_mul(patience));
+    if !(1..=600).contains(&heartbeat) || !(2..=3600).contains(&deadline) || deadline < heartbeat * 2 {
+        return Err(ConfigError::Value(format!(
+            "{prefix}deadline-seconds ({deadline}) must be at least twice {prefix}heartbeat-seconds ({heartbeat}), which \
+             is 1 to 600"
+        )));
+    }
+    Ok(Timing::seconds(heartbeat, deadline))
 }
 
 fn node_ports(text: &str) -> Result<Option<RangeInclusive<u16>>, ConfigError> {
@@ -236,6 +297,26 @@ mod tests {
             error.contains("namespaze") && error.contains("provider.toml"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn each_class_has_timings_of_its_own_that_make_sense() {
+        let config = resolve("", Settings::default()).unwrap();
+        assert_eq!(config.timings, Timings::default());
+        let text =
+            "critical-heartbeat-seconds = 1\nbest-effort-deadline-seconds = 200\nheartbeat-seconds = 10\n";
+        let timings = resolve(text, Settings::default()).unwrap().timings;
+        assert_eq!(timings.critical, Timing::seconds(1, 5));
+        assert_eq!(timings.standard, Timing::seconds(10, 30));
+        assert_eq!(timings.best_effort, Timing::seconds(60, 200));
+        for wrong in [
+            "critical-deadline-seconds = 3",
+            "best-effort-heartbeat-seconds = 0",
+            "critical-priority = 0",
+        ] {
+            let error = resolve(wrong, Settings::default()).unwrap_err().to_string();
+            assert!(error.contains(wrong.split(' ').next().unwrap()), "{error}");
+        }
     }
 
     #[test]

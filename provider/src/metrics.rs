@@ -10,7 +10,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use skerry_proto::SiteName;
+use skerry_proto::link::{Heartbeat, heartbeat};
+use skerry_proto::{Class, SiteName};
 
 /// Upper bounds in seconds; 0.2 is the target of the API's P99.
 const BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -36,10 +37,32 @@ pub struct RequestLabels {
     code: String,
 }
 
+/// Labels of what a site is.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct InfoLabels {
+    node: String,
+    class: &'static str,
+}
+
+/// Labels of what is counted by class.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ClassLabels {
+    class: &'static str,
+}
+
 /// Labels of a certificate.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct CertificateLabels {
     certificate: String,
+}
+
+impl InfoLabels {
+    fn of(site: &SiteName, class: Class) -> Self {
+        Self {
+            node: site.to_string(),
+            class: class.as_str(),
+        }
+    }
 }
 
 /// Everything that the provider counts.
@@ -47,6 +70,12 @@ pub struct Metrics {
     /// What `/metrics` shows.
     pub registry: Arc<Mutex<Registry>>,
     node_status: Family<SiteLabels, Gauge>,
+    info: Family<InfoLabels, Gauge>,
+    heartbeats: Family<ClassLabels, Histogram, fn() -> Histogram>,
+    saturated: Family<SiteLabels, Gauge>,
+    shed: Family<SiteLabels, Gauge>,
+    used_today: Family<SiteLabels, Gauge>,
+    deferring: Family<SiteLabels, Gauge>,
     tunnels: Family<SiteLabels, Gauge>,
     drops: Family<DropLabels, Gauge>,
     serving_by_cluster: Gauge,
@@ -76,6 +105,41 @@ impl Metrics {
             "kubeedge_edge_node_status",
             "1 while the site's link is up, 0 while it is not",
             node_status.clone(),
+        );
+        let info = Family::<InfoLabels, Gauge>::default();
+        registry.register(
+            "skerry_site_info",
+            "1 for the class that the site has",
+            info.clone(),
+        );
+        let heartbeats: Family<ClassLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(BUCKETS));
+        registry.register(
+            "skerry_heartbeat_round_trip_seconds",
+            "Round trips of heartbeats as the sites measured them, by class",
+            heartbeats.clone(),
+        );
+        let by_site = Family::<SiteLabels, Gauge>::default;
+        let (saturated, shed, used_today, deferring) = (by_site(), by_site(), by_site(), by_site());
+        registry.register(
+            "skerry_site_link_bytes_today",
+            "TCP payload that the site's link has carried since midnight UTC, both ways",
+            used_today.clone(),
+        );
+        registry.register(
+            "skerry_site_link_deferring",
+            "1 while the site's link profile (budget, quiet hours) lets all wait that can",
+            deferring.clone(),
+        );
+        registry.register(
+            "skerry_site_uplink_saturated",
+            "1 while the site has more to send than its uplink takes: best-effort waits",
+            saturated.clone(),
+        );
+        registry.register(
+            "skerry_site_reports_shed",
+            "Reports of best-effort pods that the site has held back for it since its daemon started",
+            shed.clone(),
         );
         let (serving_by_cluster, serving_expiry) = (Gauge::default(), Gauge::default());
         registry.register(
@@ -133,6 +197,12 @@ impl Metrics {
         Self {
             registry: Arc::new(Mutex::new(registry)),
             node_status,
+            info,
+            heartbeats,
+            saturated,
+            shed,
+            used_today,
+            deferring,
             tunnels,
             drops,
             serving_by_cluster,
@@ -199,8 +269,47 @@ impl Metrics {
         }
     }
 
+    /// Notes what class a site has.
+    pub fn set_class(&self, site: &SiteName, class: Class) {
+        for other in Class::ALL.into_iter().filter(|other| *other != class) {
+            self.info.remove(&InfoLabels::of(site, other));
+        }
+        self.info.get_or_create(&InfoLabels::of(site, class)).set(1);
+    }
+
+    /// Notes the round trip of a heartbeat.
+    pub fn observe_heartbeat(&self, class: Class, took: Duration) {
+        let labels = ClassLabels {
+            class: class.as_str(),
+        };
+        self.heartbeats.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// Notes what a heartbeat says of the uplink.
+    pub fn set_uplink(&self, site: &SiteName, beat: &Heartbeat) {
+        let int = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        let labels = SiteLabels {
+            node: site.to_string(),
+        };
+        let deferring = beat.deferring() != heartbeat::Deferring::Not;
+        self.saturated
+            .get_or_create(&labels)
+            .set(i64::from(beat.saturated));
+        self.shed.get_or_create(&labels).set(int(beat.shed));
+        self.used_today.get_or_create(&labels).set(int(beat.used_today));
+        self.deferring.get_or_create(&labels).set(i64::from(deferring));
+    }
+
     /// Drops what was said of a site that was deleted.
     pub fn forget_site(&self, site: &SiteName) {
+        for gauge in [&self.saturated, &self.shed, &self.used_today, &self.deferring] {
+            gauge.remove(&SiteLabels {
+                node: site.to_string(),
+            });
+        }
+        for class in Class::ALL {
+            self.info.remove(&InfoLabels::of(site, class));
+        }
         self.node_status.remove(&SiteLabels {
             node: site.to_string(),
         });

@@ -34,7 +34,7 @@ use crate::kubelet::{
 use crate::link::reports::{Outcome, ReportSink, Reports};
 use crate::link::sessions::Sessions;
 use crate::link::tunnels::Tunnels;
-use crate::link::{self, Arrivals, LinkDeps, LinkService, Timing};
+use crate::link::{self, Arrivals, LinkDeps, LinkService};
 use crate::metrics::Metrics;
 use crate::node::status::KubeletAddress;
 use crate::node::{self, NodeDeps, NodeWrites};
@@ -211,16 +211,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         authority: authority.clone(),
         reports: Arc::new(Reports::new(sink)),
         arrivals,
-        timing: Timing {
-            heartbeat: config.heartbeat,
-            deadline: config.deadline,
-        },
+        timings: config.timings,
+        metrics: Arc::clone(&metrics),
     });
     let node_deps = Arc::new(NodeDeps {
         client: client.clone(),
         mirror: Arc::clone(&mirror),
         sessions: sessions.clone(),
-        deadline: config.deadline,
+        timings: config.timings,
         metrics: Arc::clone(&metrics),
         reachability,
         writes,
@@ -260,8 +258,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         link_stop.clone(),
     );
     let server = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(config.heartbeat * 2))
-        .http2_keepalive_timeout(Some(config.deadline))
+        // No HTTP/2 pings: heartbeats and the kernel (transport) watch over connections, and the latter costs nothing.
         .initial_stream_window_size(LINK_STREAM_WINDOW)
         .initial_connection_window_size(LINK_CONNECTION_WINDOW)
         // Every tunnel is a stream, and so is the session itself.

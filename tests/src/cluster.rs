@@ -183,13 +183,23 @@ impl Cluster {
             .arg("--kubeconfig")
             .arg(self.provider_kubeconfig());
         for (flag, value) in [
-            ("--link-listen", self.link.to_string()),
+            // Sites in network namespaces of their own come over other interfaces.
+            ("--link-listen", format!("0.0.0.0:{}", self.link.port())),
             ("--link-address", self.link.ip().to_string()),
             ("--kubelet-listen", kubelet.to_string()),
             ("--node-address", node_address.to_string()),
             ("--metrics-listen", self.metrics.to_string()),
         ] {
             command.args([flag, &value]);
+        }
+        // Many scenarios wait until a site is noticed to be away. A bench brings its own.
+        for (variable, value) in [
+            ("SKERRY_HEARTBEAT_SECONDS", "5"),
+            ("SKERRY_DEADLINE_SECONDS", "15"),
+        ] {
+            if std::env::var_os(variable).is_none() {
+                command.env(variable, value);
+            }
         }
         let mut daemon = Daemon::start("skerry-provider", command, &self.dir.join("provider.log"));
         eventually(SOON, "the provider is ready", || {

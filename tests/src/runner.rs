@@ -113,7 +113,7 @@ thread_local! {
     static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Runs the scenarios whose names contain every one of `words`; whether all passed.
+/// Runs the scenarios whose names contain every one of `words` (`a|b` is a word for either); whether all passed.
 ///
 /// `SKERRY_E2E_THREADS` says how many run at a time (3).
 pub fn run(scenarios: Vec<Scenario>, words: &[String]) -> bool {
@@ -121,7 +121,7 @@ pub fn run(scenarios: Vec<Scenario>, words: &[String]) -> bool {
     let root = is_root();
     let chosen = scenarios
         .into_iter()
-        .filter(|s| words.iter().all(|w| s.name.contains(w.as_str())));
+        .filter(|s| words.iter().all(|w| w.split('|').any(|w| s.name.contains(w))));
     let (queue, ignored): (Vec<_>, Vec<_>) = chosen.partition(|s| root || s.runtime == Runtime::Process);
     println!("\nrunning {} end-to-end scenarios", queue.len());
     for scenario in &ignored {

@@ -13,6 +13,7 @@ use crate::containerd::Containerd;
 use crate::kubectl::{Kubectl, condition};
 use crate::process::{Daemon, free_port, kill_below, text, workspace_binary};
 use crate::relay::Relay;
+use crate::uplink::Uplink;
 use crate::wait::{SOON, eventually, same};
 
 /// The image that every site has.
@@ -44,6 +45,9 @@ pub struct Site {
     kubectl: Kubectl,
     containerd: Option<Containerd>,
     relay: Relay,
+    uplink: Option<(Uplink, SocketAddr)>,
+    /// Name of the provider, resolved by a hosts file of the site's own.
+    provider_name: Option<String>,
     modbus: Option<SocketAddr>,
     flags: Vec<String>,
     metrics: SocketAddr,
@@ -60,6 +64,48 @@ impl Site {
         site.start_edge();
         site.wait_ready();
         site
+    }
+
+    /// The same, in a network namespace of its own: its line is a real one, and [`Site::line`] is not used.
+    ///
+    /// # Panics
+    /// When it does not get that far.
+    pub fn start_on_uplink(cluster: &Cluster, name: &str, runtime: Runtime) -> Self {
+        let mut site = Self::enrol_on_uplink(cluster, name, runtime);
+        site.start_edge();
+        site.wait_ready();
+        site
+    }
+
+    /// Declares and enrols a site in a network namespace of its own; its daemon is not running yet.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn enrol_on_uplink(cluster: &Cluster, name: &str, runtime: Runtime) -> Self {
+        let mut site = Self::enrol(cluster, name, runtime);
+        let uplink = Uplink::new();
+        let provider = SocketAddr::from((uplink.cloud(), cluster.link().port()));
+        site.uplink = Some((uplink, provider));
+        site
+    }
+
+    /// The site dials a name, from the next start of the daemon on; [`Site::set_hosts`] says where it is. For sites on an uplink.
+    pub fn name_provider(&mut self, name: &str) {
+        self.provider_name = Some(name.into());
+    }
+
+    /// What the site's `/etc/hosts` says from now on.
+    pub fn set_hosts(&self, text: &str) {
+        // In place: the file is mounted.
+        std::fs::write(self.dir.join("hosts"), text).expect("the hosts file can be written");
+    }
+
+    /// Its real line.
+    ///
+    /// # Panics
+    /// When it has none.
+    pub fn uplink(&self) -> &Uplink {
+        &self.uplink.as_ref().expect("the site has an uplink").0
     }
 
     /// Declares and enrols a site; its daemon is not running yet.
@@ -84,6 +130,8 @@ impl Site {
             kubectl: cluster.kubectl().clone(),
             containerd: (runtime == Runtime::Containerd).then(|| Containerd::start(&dir.join("containerd"))),
             relay: Relay::to(cluster.link()),
+            uplink: None,
+            provider_name: None,
             modbus: None,
             flags: Vec::new(),
             metrics: SocketAddr::from(([127, 0, 0, 1], free_port())),
@@ -142,7 +190,28 @@ impl Site {
 
     /// The command line of `skerry-edge run` for this site.
     pub fn edge_command(&self) -> Command {
-        let mut command = Command::new(workspace_binary("skerry-edge"));
+        let program = workspace_binary("skerry-edge");
+        let mut command = match &self.uplink {
+            None => Command::new(program),
+            Some((uplink, provider)) => {
+                let program = program.to_str().expect("the path is text");
+                match &self.provider_name {
+                    None => {
+                        let mut command = uplink.command(program);
+                        command.env("SKERRY_PROVIDER", provider.to_string());
+                        command
+                    }
+                    Some(name) => {
+                        let script = "mount --bind \"$HOSTS\" /etc/hosts && exec \"$0\" \"$@\"";
+                        let mut command = uplink.command("unshare");
+                        command.args(["--mount", "--propagation", "slave", "sh", "-c", script, program]);
+                        command.env("HOSTS", self.dir.join("hosts"));
+                        command.env("SKERRY_PROVIDER", format!("{name}:{}", provider.port()));
+                        command
+                    }
+                }
+            }
+        };
         command.arg("run").arg("--data-dir").arg(self.data_dir());
         match &self.containerd {
             Some(containerd) => {
@@ -238,7 +307,10 @@ impl Site {
     /// # Errors
     /// When there is no answer.
     pub fn http(&self, path: &str) -> Result<(u16, String), String> {
-        http_get(self.metrics, path)
+        match &self.uplink {
+            None => http_get(self.metrics, path),
+            Some((uplink, _)) => uplink.http(self.metrics, path).map(|body| (200, body)),
+        }
     }
 
     /// Number of the daemon's process.

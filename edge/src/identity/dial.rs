@@ -8,21 +8,26 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use skerry_proto::limits::{LINK_CONNECTION_WINDOW, LINK_STREAM_WINDOW};
-use tokio::net::TcpStream;
+use skerry_transport::{Handle, Stream};
 use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
-use super::{Identity, tls};
+use super::proxy::{Proxy, ProxyRules};
+use super::{Identity, reach, tls};
 use crate::link::Dial;
 
 /// How long TCP and TLS may take together.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
+/// How often a connection through a proxy is tried out, and how long the answer may take.
+const PROXIED_PING: Duration = Duration::from_secs(60);
+
 /// Dials the provider with the site's newest certificate.
 pub struct Dialer {
     provider: String,
+    proxies: ProxyRules,
     identity: watch::Receiver<Arc<Identity>>,
 }
 
@@ -31,17 +36,30 @@ impl Dialer {
     pub fn new(provider: &str, identity: watch::Receiver<Arc<Identity>>) -> Result<Self, String> {
         Ok(Self {
             provider: address(provider)?,
+            proxies: ProxyRules::default(),
             identity,
         })
+    }
+
+    /// The same through the proxies that these rules name.
+    #[must_use]
+    pub fn through(mut self, proxies: ProxyRules) -> Self {
+        self.proxies = proxies;
+        self
     }
 }
 
 #[async_trait]
 impl Dial for Dialer {
     async fn dial(&self) -> Result<Channel, String> {
+        self.dial_line().await.map(|(channel, _)| channel)
+    }
+
+    async fn dial_line(&self) -> Result<(Channel, Option<Handle>), String> {
         let identity = Arc::clone(&self.identity.borrow());
         let config = tls::joined(&identity).map_err(|e| format!("TLS cannot be set up: {e}"))?;
-        connect(&self.provider, Arc::new(config)).await
+        let (channel, line) = connect(&self.provider, &self.proxies, Arc::new(config)).await?;
+        Ok((channel, Some(line)))
     }
 }
 
@@ -62,37 +80,68 @@ pub(super) fn address(provider: &str) -> Result<String, String> {
 }
 
 /// One TCP connection with TLS and HTTP/2. The error says where was dialled and what went wrong.
-pub(super) async fn connect(provider: &str, config: Arc<ClientConfig>) -> Result<Channel, String> {
-    let stream = tokio::time::timeout(CONNECT_LIMIT, open(provider, config))
+pub(super) async fn connect(
+    provider: &str,
+    proxies: &ProxyRules,
+    config: Arc<ClientConfig>,
+) -> Result<(Channel, Handle), String> {
+    let (host, port) = split(provider)?;
+    let proxy = proxies.through(host, port);
+    let stream = tokio::time::timeout(CONNECT_LIMIT, open(provider, proxy, config))
         .await
         .map_err(|_| format!("the provider at {provider} did not answer within {CONNECT_LIMIT:?}"))??;
+    let line = stream.get_ref().0.handle();
     let mut once = Some(TokioIo::new(stream));
     // The connection exists already, so that its own errors could be told apart; a second one is never made.
     let connector = service_fn(move |_| {
         let stream = once.take();
         async move { stream.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotConnected)) }
     });
-    Endpoint::from_static("http://provider.skerry")
-        .http2_keep_alive_interval(Duration::from_secs(30))
-        .keep_alive_timeout(Duration::from_secs(15))
+    let endpoint = match proxy {
+        // Heartbeats and the kernel (transport) watch over the connection, and the latter costs nothing.
+        None => Endpoint::from_static("http://provider.skerry"),
+        // The kernel sees no further than the proxy.
+        Some(_) => Endpoint::from_static("http://provider.skerry")
+            .http2_keep_alive_interval(PROXIED_PING)
+            .keep_alive_timeout(PROXIED_PING),
+    };
+    let channel = endpoint
         // A stream whose reader has stopped holds its own window only: the connection's has room for all.
         .initial_stream_window_size(LINK_STREAM_WINDOW)
         .initial_connection_window_size(LINK_CONNECTION_WINDOW)
         .connect_with_connector(connector)
         .await
-        .map_err(|e| format!("the provider at {provider} does not speak the link's protocol: {e}"))
+        .map_err(|e| format!("the provider at {provider} does not speak the link's protocol: {e}"))?;
+    Ok((channel, line))
+}
+
+/// Host and port of a checked address.
+fn split(provider: &str) -> Result<(&str, u16), String> {
+    let parts = provider
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    parts.ok_or_else(|| format!("{provider:?} is no address of a provider"))
 }
 
 async fn open(
     provider: &str,
+    proxy: Option<&Proxy>,
     config: Arc<ClientConfig>,
-) -> Result<tokio_rustls::client::TlsStream<TcpStream>, String> {
-    let stream = TcpStream::connect(provider)
-        .await
-        .map_err(|e| format!("the provider at {provider} cannot be reached: {e}"))?;
-    stream
-        .set_nodelay(true)
-        .map_err(|e| format!("the connection to {provider} failed: {e}"))?;
+) -> Result<tokio_rustls::client::TlsStream<Stream>, String> {
+    let (host, port) = split(provider)?;
+    let stream = match proxy {
+        None => reach::connect(host, port)
+            .await
+            .map_err(|e| format!("the provider at {provider} cannot be reached: {e}"))?,
+        Some(proxy) => {
+            let mut stream = reach::connect(&proxy.host, proxy.port)
+                .await
+                .map_err(|e| format!("the proxy {proxy:?} cannot be reached: {e}"))?;
+            proxy.connect(&mut stream, host, port).await?;
+            stream
+        }
+    };
+    let stream = Stream::new(stream).map_err(|e| format!("the connection to {provider} failed: {e}"))?;
     // The provider is known by its SPIFFE ID; the name is only what TLS needs to start.
     let name = ServerName::try_from("provider.skerry").map_err(|e| e.to_string())?;
     TlsConnector::from(config)

@@ -19,6 +19,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 pub struct JoinOptions {
     /// `host:port` of the provider's link.
     pub provider: String,
+    /// Through which proxy.
+    pub proxies: super::ProxyRules,
     /// The printed token.
     pub token: String,
     /// Where the identity is kept.
@@ -68,7 +70,7 @@ pub async fn join(options: &JoinOptions) -> Result<SiteName, JoinError> {
     files::prepare(&options.data_dir)?;
     let (key, csr_der) = new_key().map_err(JoinError::Answer)?;
     let config = tls::joining(&token.pin).map_err(|e| JoinError::Answer(e.to_string()))?;
-    let channel = dial::connect(&provider, Arc::new(config))
+    let (channel, _) = dial::connect(&provider, &options.proxies, Arc::new(config))
         .await
         .map_err(JoinError::Unreachable)?;
     let request = JoinRequest {
@@ -187,6 +189,7 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let options = JoinOptions {
             provider: listener.local_addr().unwrap().to_string(),
+            proxies: Default::default(),
             token: token.to_string(),
             data_dir: file,
             force: true,

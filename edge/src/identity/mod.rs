@@ -11,6 +11,8 @@
 mod dial;
 mod files;
 mod join;
+mod proxy;
+mod reach;
 mod renew;
 mod tls;
 
@@ -22,6 +24,7 @@ use skerry_proto::{SiteName, SpiffeId, TrustDomain};
 
 pub use dial::Dialer;
 pub use join::{JoinError, JoinOptions, join};
+pub use proxy::{Proxy, ProxyRules};
 pub use renew::renew_loop;
 
 /// Why the identity cannot be used. Exit code 2 before joining, 4 when the files are damaged.

@@ -10,12 +10,16 @@
 //! * Nothing here stops a pod: the store is changed by the provider's explicit word alone.
 
 mod backoff;
+mod beats;
+mod critical;
 mod drops;
 pub mod holding;
 #[cfg(test)]
 mod holding_tests;
 mod session;
+mod thrift;
 mod tunnel;
+mod uplink;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,6 +28,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use skerry_proto::SiteName;
+use skerry_proto::link::Welcome;
+use skerry_transport::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -32,6 +38,11 @@ use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
 use crate::streams::Streams;
 use backoff::Backoff;
+use thrift::Thrift;
+use uplink::Uplink;
+
+pub use thrift::Deferring;
+pub use uplink::Gate;
 
 /// A session that lived this long was a good one: the next attempt is made at once.
 const CALM: Duration = Duration::from_secs(30);
@@ -41,6 +52,11 @@ const CALM: Duration = Duration::from_secs(30);
 pub trait Dial: Send + Sync + 'static {
     /// Opens one. The error is for a person: it says where was dialled and what went wrong.
     async fn dial(&self) -> Result<Channel, String>;
+
+    /// Opens one, with what reaches its socket where there is one.
+    async fn dial_line(&self) -> Result<(Channel, Option<Handle>), String> {
+        Ok((self.dial().await?, None))
+    }
 }
 
 /// What the rest of the daemon may know of the link.
@@ -54,6 +70,28 @@ pub struct LinkStatus {
     pub synced: bool,
     /// Why the last attempt or session ended, empty when none did.
     pub last_error: String,
+    /// From which priority on pods are critical, as the provider last said; 0: it did not.
+    pub critical_priority: i32,
+    /// Moves when the provider asks for the Node's status.
+    pub node_asked: u64,
+}
+
+/// How bulk data is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BulkPolicy {
+    /// It keeps the line's queue short; else TCP alone decides.
+    pub paced: bool,
+    /// Congestion control in place of the kernel's default.
+    pub congestion: Option<String>,
+}
+
+impl Default for BulkPolicy {
+    fn default() -> Self {
+        Self {
+            paced: true,
+            congestion: None,
+        }
+    }
 }
 
 /// What the daemon says of itself when it greets.
@@ -76,6 +114,9 @@ pub struct Link {
     pub(self) dial: Arc<dyn Dial>,
     pub(self) greeting: Greeting,
     pub(self) metrics: Arc<Metrics>,
+    pub(self) bulk: BulkPolicy,
+    pub(self) uplink: Uplink,
+    pub(self) thrift: Thrift,
     status: watch::Sender<LinkStatus>,
 }
 
@@ -138,20 +179,37 @@ impl Link {
             since: Timestamp::now(),
             synced: false,
             last_error: String::new(),
+            critical_priority: 0,
+            node_asked: 0,
         };
         Self {
+            thrift: Thrift::new(greeting.site.clone(), store.clone()),
             store,
             streams,
             dial,
             greeting,
             metrics,
+            bulk: BulkPolicy::default(),
+            uplink: Uplink::default(),
             status: watch::Sender::new(status),
         }
+    }
+
+    /// The same, sending bulk data otherwise.
+    #[must_use]
+    pub fn with_bulk(mut self, bulk: BulkPolicy) -> Self {
+        self.bulk = bulk;
+        self
     }
 
     /// The link's state, to be watched.
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
         self.status.subscribe()
+    }
+
+    /// What is held back, to be watched.
+    pub fn gate(&self) -> watch::Receiver<Gate> {
+        self.uplink.watch()
     }
 
     /// Keeps a session up until `stop`.
@@ -196,16 +254,22 @@ impl Link {
             status.synced = false;
             status.last_error = reason;
         });
+        self.uplink.reset();
         self.metrics.set_link(false);
     }
 
-    pub(self) fn note_online(&self) {
+    pub(self) fn note_online(&self, welcome: &Welcome) {
         self.status.send_modify(|status| {
+            status.critical_priority = welcome.critical_priority;
             status.online = true;
             status.since = Timestamp::now();
             status.last_error.clear();
         });
         self.metrics.set_link(true);
+    }
+
+    pub(self) fn note_node_asked(&self) {
+        self.status.send_modify(|status| status.node_asked += 1);
     }
 
     pub(self) fn note_synced(&self) {

@@ -1,5 +1,6 @@
 //! One session: greeting, heartbeats, changes down, reports up.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,17 +11,21 @@ use skerry_proto::link::link_client::LinkClient;
 use skerry_proto::link::report_result::Outcome;
 use skerry_proto::link::{
     BulkHello, CloudBulk, CloudControl, EdgeBulk, EdgeControl, FEATURE_DIGEST, Heartbeat, Hello,
-    PROTOCOL_MAX, PROTOCOL_MIN, ReportResult, Welcome, change, cloud_control, edge_bulk, edge_control,
+    PROTOCOL_MAX, PROTOCOL_MIN, Report, ReportResult, Welcome, change, cloud_control, edge_bulk,
+    edge_control, heartbeat,
 };
+use skerry_transport::{Lane, Lines};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
+use super::beats::{self, Beats};
+use super::critical::Critical;
 use super::holding::{Holding, Work};
-use super::tunnel::serve;
+use super::tunnel::{self, Cloud, serve};
+use super::uplink::{HeldBack, in_turns};
 use super::{Link, SessionError};
 use crate::store::{Store, StoreError};
 
@@ -42,10 +47,13 @@ pub(super) async fn run(link: &Arc<Link>) -> SessionError {
 enum Never {}
 
 async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
-    let (to_control, mut control, welcome) = greet(link).await?;
+    let lines = Lines::default();
+    let (to_control, mut control, welcome) = greet(link, &lines).await?;
+    let mut beats = Beats::new(&welcome, &lines);
+    link.metrics.set_class(beats.class());
     let holding = Holding::new(&welcome);
-    let (to_bulk, bulk, client) = open_bulk(link, &welcome, &holding).await?;
-    link.note_online();
+    let (to_bulk, bulk, client) = open_bulk(link, &welcome, &holding, &lines).await?;
+    link.note_online(&welcome);
     tracing::info!(session = %welcome.session, provider = %welcome.version, "the link is up");
 
     let window = Arc::new(Semaphore::new(REPORT_WINDOW));
@@ -57,9 +65,17 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
         to_bulk.clone(),
         Arc::clone(&window),
     ));
-    parts.spawn(report(Arc::clone(link), to_bulk, window));
+    let critical = Critical::new(&welcome);
+    parts.spawn(report(Arc::clone(link), critical.clone(), to_bulk, window));
+    parts.spawn(critical.clone().run(Arc::clone(link), to_control.clone()));
+    let (to_settle, results) = mpsc::channel(CONTROL_QUEUE);
+    parts.spawn(critical.settle(Arc::clone(link), results));
+    let (followed, line) = (Arc::clone(link), lines.clone());
+    parts.spawn(async move {
+        followed.uplink.follow(&line, &followed.thrift).await;
+        SessionError::Protocol("the uplink is watched no more")
+    });
     let mut tunnels = JoinSet::new();
-    let mut beats = Beats::new(&welcome);
     let mut told_drops = super::drops::Told::default();
     loop {
         tokio::select! {
@@ -73,13 +89,15 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
                 match message.message {
                     Some(cloud_control::Message::HeartbeatAck(ack)) => {
                         if let Some(took) = beats.acknowledged(ack.seq) {
-                            link.metrics.observe_request("heartbeat", took);
+                            link.metrics.observe_heartbeat(beats.class(), took);
                         }
                     }
                     Some(cloud_control::Message::OpenTunnel(order)) => {
                         let (streams, session) = (Arc::clone(&link.streams), welcome.session.clone());
                         let open = link.metrics.tunnel();
-                        let serving = serve(client.clone(), streams, session, order, to_control.clone());
+                        let class = tunnel::class_of(&link.store, &order);
+                        let cloud = Cloud { client: client.clone(), session, to_control: to_control.clone() };
+                        let serving = serve(cloud, streams, order, (link.uplink.clone(), class));
                         tunnels.spawn(async move {
                             serving.await;
                             drop(open);
@@ -89,19 +107,20 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
                         reason: bye.reason,
                         retry_after: Duration::from_millis(bye.retry_after_millis.into()),
                     }),
+                    // The queue holds more than the window lets out.
+                    Some(cloud_control::Message::ReportResult(result)) => drop(to_settle.try_send(result)),
+                    Some(cloud_control::Message::Retime(retime)) => {
+                        beats.retime(&retime);
+                        link.metrics.set_class(beats.class());
+                    }
+                    Some(cloud_control::Message::ReportNode(_)) => link.note_node_asked(),
                     // Something newer than this build.
                     Some(cloud_control::Message::Welcome(_)) | None => {}
                 }
             }
-            () = tokio::time::sleep_until(beats.next) => {
-                let seq = beats.beat()?;
-                let drops = link.store.drops().unwrap_or_default();
-                let beat = Heartbeat {
-                    seq,
-                    outbox: link.store.outbox_len().unwrap_or(0),
-                    dropped: drops.iter().map(|(_, _, count)| count).sum(),
-                    drops: told_drops.news(&drops),
-                };
+            () = tokio::time::sleep_until(beats.wake()) => {
+                let Some(seq) = beats.beat()? else { continue };
+                let beat = heartbeat(link, seq, &beats, &mut told_drops);
                 let message = EdgeControl { message: Some(edge_control::Message::Heartbeat(beat)) };
                 if to_control.try_send(message).is_err() {
                     return Err(SessionError::Protocol("the provider does not read its control stream"));
@@ -112,10 +131,28 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
     }
 }
 
+fn heartbeat(link: &Link, seq: u64, beats: &Beats, told_drops: &mut super::drops::Told) -> Heartbeat {
+    let drops = link.store.drops().unwrap_or_default();
+    let gate = link.uplink.gate();
+    let shed = link.uplink.shed();
+    link.metrics.set_shed(shed);
+    Heartbeat {
+        seq,
+        outbox: link.store.outbox_len().unwrap_or(0),
+        dropped: drops.iter().map(|(_, _, count)| count).sum(),
+        drops: told_drops.news(&drops),
+        round_trip_micros: beats.round_trip_micros(),
+        saturated: gate.saturated,
+        shed,
+        used_today: link.thrift.used_today(),
+        deferring: heartbeat::Deferring::from(gate.deferring).into(),
+    }
+}
+
 type Control = (mpsc::Sender<EdgeControl>, Streaming<CloudControl>, Welcome);
 
-async fn greet(link: &Link) -> Result<Control, SessionError> {
-    let channel = link.dial.dial().await.map_err(SessionError::Dial)?;
+async fn greet(link: &Link, lines: &Lines) -> Result<Control, SessionError> {
+    let (channel, line) = link.dial.dial_line().await.map_err(SessionError::Dial)?;
     let (sender, queue) = mpsc::channel(CONTROL_QUEUE);
     let hello = Hello {
         site: link.greeting.site.to_string(),
@@ -125,7 +162,7 @@ async fn greet(link: &Link) -> Result<Control, SessionError> {
         boot_id: link.greeting.boot_id.clone(),
         store_id: link.store.id().to_owned(),
         now_unix_nanos: i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX),
-        features: vec![FEATURE_DIGEST.to_owned()],
+        features: vec![FEATURE_DIGEST.to_owned(), "retime".to_owned()],
         incarnation: link.greeting.incarnation,
     };
     // The queue is new and has room.
@@ -150,14 +187,21 @@ async fn greet(link: &Link) -> Result<Control, SessionError> {
     let (stream, welcome) = tokio::time::timeout(GREETING_LIMIT, answer)
         .await
         .map_err(|_| SessionError::Silent(GREETING_LIMIT))??;
+    beats::note_line(lines, Lane::Control, line, &welcome);
     Ok((sender, stream, welcome))
 }
 
 type BulkParts = (mpsc::Sender<EdgeBulk>, Streaming<CloudBulk>, LinkClient<Channel>);
 
 /// Opens the second connection and tells what the store holds.
-async fn open_bulk(link: &Link, welcome: &Welcome, holding: &Holding) -> Result<BulkParts, SessionError> {
-    let channel = link.dial.dial().await.map_err(SessionError::Dial)?;
+async fn open_bulk(
+    link: &Link,
+    welcome: &Welcome,
+    holding: &Holding,
+    lines: &Lines,
+) -> Result<BulkParts, SessionError> {
+    let (channel, line) = link.dial.dial_line().await.map_err(SessionError::Dial)?;
+    beats::note_bulk(lines, line, welcome, &link.bulk);
     let client = client(channel);
     let (sender, queue) = mpsc::channel(BULK_QUEUE);
     let opening = read_store(link, holding, Holding::opening).await?;
@@ -277,9 +321,12 @@ fn complain(error: &StoreError) {
     tracing::error!(%error, "changes from the provider cannot be stored; running pods are not touched. Is the disk full?");
 }
 
-async fn settle(link: &Link, results: &[ReportResult], window: &Semaphore) {
+pub(super) async fn settle(link: &Link, results: &[ReportResult], window: &Semaphore) {
     for result in results.iter().filter(|r| r.outcome() == Outcome::Dropped) {
         tracing::warn!(seq = result.seq, reason = %result.message, "the provider will never take a report; it is dropped");
+    }
+    for result in results {
+        tracing::debug!(seq = result.seq, "a report was settled");
     }
     let (refused, taken): (Vec<_>, Vec<_>) = results.iter().partition(|r| r.outcome() == Outcome::Dropped);
     let numbers = |results: Vec<&ReportResult>| results.iter().map(|r| r.seq).collect::<Vec<_>>();
@@ -298,25 +345,45 @@ async fn settle(link: &Link, results: &[ReportResult], window: &Semaphore) {
 }
 
 /// Sends what waits in the outbox, oldest first, at most [`REPORT_WINDOW`] ahead of the results.
-async fn report(link: Arc<Link>, to_bulk: mpsc::Sender<EdgeBulk>, window: Arc<Semaphore>) -> SessionError {
+async fn report(
+    link: Arc<Link>,
+    critical: Critical,
+    to_bulk: mpsc::Sender<EdgeBulk>,
+    window: Arc<Semaphore>,
+) -> SessionError {
     let mut moved = link.store.outbox_moved();
     let mut after = 0;
+    let mut held = HeldBack::new(&link.uplink);
     loop {
         moved.mark_unchanged();
-        let waiting = match link.store.waiting_reports(after, REPORT_WINDOW) {
+        let waiting = link.store.waiting_reports(after, REPORT_WINDOW);
+        let waiting = waiting.and_then(|mut waiting| {
+            after = waiting.last().map_or(after, |last| last.seq);
+            waiting.extend(held_back(&link, held.released())?);
+            Ok(waiting)
+        });
+        let waiting = match waiting {
             Ok(waiting) => waiting,
             Err(error) => return error.into(),
         };
-        if waiting.is_empty() && moved.changed().await.is_err() {
-            return SessionError::Protocol("the store was closed");
+        if waiting.is_empty() {
+            tokio::select! {
+                changed = moved.changed() => if changed.is_err() {
+                    return SessionError::Protocol("the store was closed");
+                },
+                () = held.release() => {}
+            }
         }
-        for report in waiting {
+        for report in in_turns(waiting) {
+            if critical.takes(&report) || held.holds(&report) {
+                continue;
+            }
             let Ok(permit) = window.acquire().await else {
                 return SessionError::Protocol("the session ended");
             };
             // Comes back with the report's result.
             permit.forget();
-            after = report.seq;
+            tracing::debug!(seq = report.seq, "a report goes out");
             if to_bulk
                 .send(EdgeBulk {
                     message: Some(edge_bulk::Message::Report(report)),
@@ -330,90 +397,12 @@ async fn report(link: Arc<Link>, to_bulk: mpsc::Sender<EdgeBulk>, window: Arc<Se
     }
 }
 
-/// Heartbeats, and the watch over the provider's answers.
-struct Beats {
-    period: Duration,
-    deadline: Duration,
-    next: Instant,
-    last_heard: Instant,
-    sent: Option<(u64, Instant)>,
-    seq: u64,
-}
-
-impl Beats {
-    fn new(welcome: &Welcome) -> Self {
-        let now = Instant::now();
-        // A provider that asks for a heartbeat every 0 ms is mistaken.
-        let period = Duration::from_millis(welcome.heartbeat_millis.into()).max(Duration::from_millis(100));
-        let deadline = Duration::from_millis(welcome.deadline_millis.into()).max(period * 2);
-        Self {
-            period,
-            deadline,
-            next: now + period,
-            last_heard: now,
-            sent: None,
-            seq: 0,
-        }
+/// Those of the reports that still wait: others were replaced by newer ones.
+fn held_back(link: &Link, seqs: BTreeSet<u64>) -> Result<Vec<Report>, StoreError> {
+    let mut found = Vec::new();
+    for seq in seqs {
+        let next = link.store.waiting_reports(seq - 1, 1)?;
+        found.extend(next.into_iter().filter(|report| report.seq == seq));
     }
-
-    fn heard(&mut self) {
-        self.last_heard = Instant::now();
-    }
-
-    /// A heartbeat is due: its number, or the finding that the provider is silent.
-    fn beat(&mut self) -> Result<u64, SessionError> {
-        let now = Instant::now();
-        if now.duration_since(self.last_heard) >= self.deadline {
-            return Err(SessionError::Silent(self.deadline));
-        }
-        self.seq += 1;
-        self.next = now + self.period;
-        self.sent = Some((self.seq, now));
-        Ok(self.seq)
-    }
-
-    /// The round trip of the newest heartbeat, if this acknowledges it.
-    fn acknowledged(&mut self, seq: u64) -> Option<Duration> {
-        self.sent
-            .take_if(|(sent, _)| *sent == seq)
-            .map(|(_, at)| at.elapsed())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn welcome() -> Welcome {
-        Welcome {
-            heartbeat_millis: 1_000,
-            deadline_millis: 3_000,
-            ..Default::default()
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_provider_that_falls_silent_is_given_up_after_the_deadline() {
-        let mut beats = Beats::new(&welcome());
-        for expected in 1..=2 {
-            tokio::time::advance(Duration::from_secs(1)).await;
-            assert_eq!(beats.beat().unwrap(), expected);
-        }
-        tokio::time::advance(Duration::from_secs(1)).await;
-        assert!(matches!(beats.beat(), Err(SessionError::Silent(_))));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn any_message_counts_as_a_sign_of_life_and_an_ack_gives_the_round_trip() {
-        let mut beats = Beats::new(&welcome());
-        for _ in 0..10 {
-            tokio::time::advance(Duration::from_secs(2)).await;
-            let seq = beats.beat().unwrap();
-            tokio::time::advance(Duration::from_millis(40)).await;
-            beats.heard();
-            assert_eq!(beats.acknowledged(seq - 1), None);
-            assert_eq!(beats.acknowledged(seq), Some(Duration::from_millis(40)));
-            assert_eq!(beats.acknowledged(seq), None);
-        }
-    }
+    Ok(found)
 }

@@ -1,7 +1,7 @@
 //! The site's hardware as a Node's status.
 //!
 //! In: `/proc`, `/sys`, the file system, the runtime. Out: `NodeStatusReport`s through the outbox: at start, when
-//! something changes, every five minutes, and once after each reconnection.
+//! something changes, every six hours, when the provider asks, and once after each reconnection.
 
 pub(crate) mod capacity;
 mod measure;
@@ -32,8 +32,9 @@ pub(crate) use measure::architecture;
 
 /// How often the machine is looked at.
 const LOOK: Duration = Duration::from_secs(10);
-/// An unchanged status is reported again after this long.
-const REPEAT: Duration = Duration::from_secs(300);
+/// An unchanged status is reported again after this long. The provider keeps the times of its conditions fresh meanwhile,
+/// and asks when the Node is gone.
+const REPEAT: Duration = Duration::from_secs(6 * 3600);
 /// Most images named in the status, the largest first, and names per image; as a kubelet does.
 const IMAGES: usize = 50;
 const NAMES: usize = 5;
@@ -70,6 +71,7 @@ pub async fn run(
     let mut look = tokio::time::interval(LOOK);
     let mut last: Option<(Value, Instant)> = None;
     let mut synced = false;
+    let mut asked = 0;
     problems::say_start(&store, &config.events, &config.site, &config.boot_id).await;
     tokio::spawn(problems::watch_kernel(
         config.events.clone(),
@@ -88,9 +90,10 @@ pub async fn run(
                 if changed.is_err() {
                     return;
                 }
-                let now_synced = link.borrow_and_update().synced;
-                force = now_synced && !synced;
-                synced = now_synced;
+                let status = link.borrow_and_update().clone();
+                force = status.synced && (!synced || status.node_asked != asked);
+                synced = status.synced;
+                asked = status.node_asked;
                 if !force {
                     continue;
                 }

@@ -132,7 +132,7 @@ impl Worker {
         match (ending, shutdown) {
             (Some(ending), Shutdown::Keeping) => Some(self.stop_for_now(pod, &ending).await),
             (Some(ending), _) => Some(self.end_as_told(pod, &ending).await),
-            (None, Shutdown::Up) => None,
+            (None, Shutdown::Up) => self.heed_solitude(pod).await,
             // It runs, and its turn comes.
             (None, _) if self.record.sandboxes_made > 0 => None,
             (None, Shutdown::Keeping) => Some(Ok(())),

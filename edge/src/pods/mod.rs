@@ -18,8 +18,10 @@
 mod admission;
 mod affinity;
 mod allocation;
+mod alone;
 mod attend;
 mod backoff;
+mod class;
 mod conditions;
 mod config;
 mod create;
@@ -80,6 +82,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::runtime::{Inventory, Runtime, RuntimeError};
 use crate::store::{ObjectChanged, Store, StoreError};
+pub(crate) use class::class_of;
 use events::Events;
 use images::Images;
 use ledger::{Ledger, Nudge};
@@ -223,6 +226,8 @@ impl Pods {
             apparmor: security::apparmor_enabled(),
             user_ranges,
             probes: Arc::default(),
+            solitude: alone::Solitude::default(),
+            critical_priority: skerry_proto::CRITICAL_PRIORITY.into(),
             phases: Mutex::default(),
             resting: resting::Resting::default(),
             starts,

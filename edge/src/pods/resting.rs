@@ -285,6 +285,7 @@ fn last_report(shared: &Shared, uid: &Uid) -> Result<Option<NewReport>, StoreErr
             name: record.name,
             status_json: json(&status).into(),
             finished: record.finished,
+            ..PodStatusReport::default()
         }),
     }))
 }

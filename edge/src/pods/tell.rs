@@ -19,6 +19,8 @@ impl Worker {
         if std::mem::replace(&mut self.said_unsupported, true) {
             return;
         }
+        self.say_wrong_class(pod).await;
+        self.say_wrong_autonomy(pod).await;
         let mut said = Vec::new();
         let asks = |c: &Container| c.lifecycle.as_ref().is_some_and(|l| l.stop_signal.is_some());
         let asked = inits(pod).iter().chain(regulars(pod)).any(asks);
@@ -121,6 +123,7 @@ impl Worker {
             name: self.record.name.clone(),
             status_json: json.into(),
             finished: finished || self.record.finished,
+            class: skerry_proto::link::Class::from(self.class(pod)).into(),
         });
         let coalesce = Some(format!("pod/{api_uid}"));
         self.reported_in = round;
@@ -134,9 +137,9 @@ impl Worker {
             observed: self.shared.clock.now(),
             body,
         };
-        let lane = match super::is_critical(pod) {
-            true => Lane::CriticalStatus,
-            false => Lane::Status,
+        let lane = match self.class(pod) {
+            skerry_proto::Class::Critical => Lane::CriticalStatus,
+            _ => Lane::Status,
         };
         let report = self.shared.store.queue_report_in(lane, report);
         self.await_later(report);

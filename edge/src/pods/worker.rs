@@ -52,6 +52,10 @@ pub(super) struct Shared {
     /// Ids of the pods with user namespaces.
     pub(super) user_ranges: UserRanges,
     pub(super) probes: Arc<ProbeMetrics>,
+    /// From which priority on a pod is critical.
+    pub(super) critical_priority: std::sync::atomic::AtomicI32,
+    /// How long the site has been without its cloud.
+    pub(super) solitude: super::alone::Solitude,
     /// How long pods take to start.
     pub(super) starts: super::Starts,
     /// How many containers have ended.
@@ -146,6 +150,8 @@ pub(super) struct Worker {
     pub(super) sandbox_made: Option<SandboxConfig>,
     pub(super) uninterrupted: Uninterrupted,
     pub(super) said_unsupported: bool,
+    /// It was said that the pod is stopped because the site is alone.
+    pub(super) said_alone: bool,
     /// What the runtime can do.
     pub(super) features: Features,
     /// The report round in which the status was last reported.
@@ -197,6 +203,7 @@ impl Worker {
             sandbox_made: None,
             uninterrupted: Uninterrupted::new(),
             said_unsupported: false,
+            said_alone: false,
             features: Features::default(),
             reported_in,
             writes: Mutex::default(),

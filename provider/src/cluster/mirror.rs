@@ -231,7 +231,7 @@ impl Mirror {
     }
 
     /// Takes a new or changed object from its informer.
-    pub(super) fn apply(&self, kind: Kind, value: Value) {
+    pub(crate) fn apply(&self, kind: Kind, value: Value) {
         let Some(object) = Object::new(kind, value) else {
             return;
         };

@@ -17,7 +17,7 @@ use skerry_proto::object::{ContentHash, ObjectKey, Uid, pack};
 use tokio::sync::{mpsc, watch};
 use tonic::{Status, Streaming};
 
-use super::reports::Lanes;
+use super::reports::{Lanes, Reply};
 use super::service::LinkDeps;
 use super::sessions::Session;
 use crate::cluster::{Desired, DesiredToken};
@@ -93,7 +93,8 @@ impl Bulk {
     pub(super) async fn run(mut self, mut inbound: Streaming<EdgeBulk>) -> Result<(), Status> {
         self.read_inventory(&mut inbound).await?;
         let mut changes = self.deps.mirror.changes(&self.session.peer.site);
-        let lanes = Lanes::start(&self.deps.reports, &self.session, &self.outbound);
+        let session = self.session.clone();
+        let lanes = session.lanes(&self.deps.reports);
         let mut token_check = tokio::time::interval(TOKEN_CHECK);
         let over = self.session.over.clone();
         let mut dirty = true;
@@ -106,7 +107,7 @@ impl Bulk {
             tokio::select! {
                 () = over.cancelled() => return Ok(()),
                 message = inbound.message() => match message? {
-                    Some(message) => self.take(message, &lanes).await?,
+                    Some(message) => self.take(message, lanes).await?,
                     None => return Ok(()),
                 },
                 changed = settled(&mut changes) => {
@@ -171,7 +172,9 @@ impl Bulk {
                 }
                 self.applied = self.applied.max(applied.seq);
             }
-            Some(edge_bulk::Message::Report(report)) => lanes.take(report).await,
+            Some(edge_bulk::Message::Report(report)) => {
+                lanes.take(report, Reply::Bulk(self.outbound.clone())).await;
+            }
             _ => {}
         }
         Ok(())

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
 use rustls::ServerConfig;
+use skerry_transport::{Handle, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -29,17 +30,19 @@ const HANDSHAKES: usize = 256;
 const BACKLOG: u32 = 4096;
 
 /// Who is at the other end of a connection.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Peer {
     /// The site that the client's certificate names; `None` without a certificate.
     pub site: Option<SitePeer>,
     /// Its address.
     pub remote: SocketAddr,
+    /// The connection itself, to be marked.
+    pub line: Handle,
 }
 
 /// A connection whose handshake is done.
 pub struct Connection {
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<Stream>,
     peer: Peer,
 }
 
@@ -114,13 +117,14 @@ async fn shake(
     acceptor: TlsAcceptor,
     authority: &Authority,
 ) -> Result<Connection, String> {
-    stream.set_nodelay(true).map_err(|e| e.to_string())?;
+    let stream = Stream::new(stream).map_err(|e| e.to_string())?;
+    let line = stream.handle();
     let stream = acceptor.accept(stream).await.map_err(|e| e.to_string())?;
     let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let site = authority.peer_site(certificates).map_err(|e| e.to_string())?;
     Ok(Connection {
         stream,
-        peer: Peer { site, remote },
+        peer: Peer { site, remote, line },
     })
 }
 

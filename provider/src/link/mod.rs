@@ -10,12 +10,15 @@
 
 mod arrivals;
 mod bulk;
+mod class;
 mod connection;
 pub mod reports;
 mod service;
 pub mod sessions;
+mod timing;
 pub mod tunnels;
 
 pub use arrivals::Arrivals;
 pub use connection::{Peer, listen, serve};
-pub use service::{LinkDeps, LinkService, Timing};
+pub use service::{LinkDeps, LinkService};
+pub use timing::{Timing, Timings};

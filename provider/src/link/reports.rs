@@ -5,16 +5,19 @@
 //! has it or will never take it, and only then answers the edge, whose outbox keeps the report until that answer. A
 //! status that a newer one of the same object follows in its lane is answered without being written: only the newest
 //! matters.
+//!
+//! Reports that came on the control stream, the statuses of critical pods, go before all others of their lane. That does
+//! not turn the order of one object around: a status older than the one last written is answered without being written.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use skerry_proto::SiteName;
-use skerry_proto::limits::REPORT_WINDOW;
+use skerry_proto::limits::{CONTROL_REPORT_WINDOW, REPORT_WINDOW};
 use skerry_proto::link::report_result::Outcome as Wire;
-use skerry_proto::link::{CloudBulk, Report, ReportResult, cloud_bulk, report};
+use skerry_proto::link::{CloudBulk, CloudControl, Report, ReportResult, cloud_bulk, cloud_control, report};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Status;
 
@@ -71,16 +74,41 @@ impl Reports {
     }
 }
 
+/// The stream on which a report came, and its result goes back.
+#[derive(Clone)]
+pub(super) enum Reply {
+    /// Bulk.
+    Bulk(mpsc::Sender<Result<CloudBulk, Status>>),
+    /// Control.
+    Control(mpsc::Sender<Result<CloudControl, Status>>),
+}
+
+impl Reply {
+    /// Fails when the session is over.
+    async fn send(&self, result: ReportResult) -> Result<(), ()> {
+        match self {
+            Self::Bulk(stream) => {
+                let message = Some(cloud_bulk::Message::ReportResult(result));
+                stream.send(Ok(CloudBulk { message })).await.map_err(drop)
+            }
+            Self::Control(stream) => {
+                let message = Some(cloud_control::Message::ReportResult(result));
+                stream.send(Ok(CloudControl { message })).await.map_err(drop)
+            }
+        }
+    }
+}
+
 /// The lanes of one session. They end with it. A lane without reports costs nothing: its task ends with its last report.
 pub(super) struct Lanes {
     shared: Arc<Shared>,
     room: Arc<Semaphore>,
+    urgent_room: Arc<Semaphore>,
 }
 
 struct Shared {
     reports: Arc<Reports>,
     session: Session,
-    results: mpsc::Sender<Result<CloudBulk, Status>>,
     lanes: Mutex<[Lane; LANES + EVENT_LANES + NODE_LANES]>,
 }
 
@@ -89,55 +117,76 @@ struct Lane {
     waiting: VecDeque<Waiting>,
     /// A task works on it.
     busy: bool,
+    /// Number of the newest status that was written, by hash of the pod's UID: a pod's statuses may come on two streams.
+    written: HashMap<u64, u64>,
 }
 
 struct Waiting {
     report: Report,
+    reply: Reply,
+    /// It came on Control, and goes before those that did not.
+    urgent: bool,
     _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Lanes {
-    pub(super) fn start(
-        reports: &Arc<Reports>,
-        session: &Session,
-        results: &mpsc::Sender<Result<CloudBulk, Status>>,
-    ) -> Self {
+    pub(super) fn start(reports: &Arc<Reports>, session: &Session) -> Self {
         let shared = Shared {
             reports: Arc::clone(reports),
             session: session.clone(),
-            results: results.clone(),
             lanes: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
             room: Arc::new(Semaphore::new(ROOM)),
+            urgent_room: Arc::new(Semaphore::new(CONTROL_REPORT_WINDOW)),
         }
     }
 
     /// Queues a report; waits while there is no room, which holds back the edge.
-    pub(super) async fn take(&self, report: Report) {
-        let mut hasher = DefaultHasher::new();
-        subject(&report).hash(&mut hasher);
-        #[allow(clippy::cast_possible_truncation)]
-        let hash = hasher.finish() as usize;
-        let lane = match &report.report {
-            Some(report::Report::Event(_)) => LANES + hash % EVENT_LANES,
-            // A mirror pod waits for its Node: the Node must not wait behind it.
-            Some(report::Report::NodeStatus(_)) => LANES + EVENT_LANES,
-            _ => hash % LANES,
-        };
+    pub(super) async fn take(&self, report: Report, reply: Reply) {
         let place = tokio::select! {
             () = self.shared.session.over.cancelled() => return,
             // Never closed.
             place = Arc::clone(&self.room).acquire_owned() => place.ok(),
         };
+        self.queue(Waiting {
+            report,
+            reply,
+            urgent: false,
+            _place: place,
+        });
+    }
+
+    /// Queues the status of a critical pod. Never waits; fails when the edge does not keep to its window.
+    pub(super) fn take_urgent(&self, report: Report, reply: Reply) -> Result<(), String> {
+        let Ok(place) = Arc::clone(&self.urgent_room).try_acquire_owned() else {
+            return Err(format!(
+                "the edge sent more than {CONTROL_REPORT_WINDOW} critical statuses ahead of their results"
+            ));
+        };
+        self.queue(Waiting {
+            report,
+            reply,
+            urgent: true,
+            _place: Some(place),
+        });
+        Ok(())
+    }
+
+    fn queue(&self, waiting: Waiting) {
+        #[allow(clippy::cast_possible_truncation)]
+        let hash = hash(subject(&waiting.report)) as usize;
+        let lane = match &waiting.report.report {
+            Some(report::Report::Event(_)) => LANES + hash % EVENT_LANES,
+            // A mirror pod waits for its Node: the Node must not wait behind it.
+            Some(report::Report::NodeStatus(_)) => LANES + EVENT_LANES,
+            _ => hash % LANES,
+        };
         let idle = {
             let mut lanes = self.shared.lanes();
             let lane = &mut lanes[lane];
-            lane.waiting.push_back(Waiting {
-                report,
-                _place: place,
-            });
+            lane.waiting.push_back(waiting);
             !std::mem::replace(&mut lane.busy, true)
         };
         if idle {
@@ -171,17 +220,18 @@ impl Shared {
             let (outcome, message) = if needless {
                 (Wire::Accepted, String::new())
             } else {
-                self.settle(&next.report).await
+                let settled = self.settle(&next.report).await;
+                self.lanes()[lane].note(&next.report, settled.0);
+                settled
             };
             let result = ReportResult {
                 seq: next.report.seq,
                 outcome: outcome.into(),
                 message,
             };
-            let message = CloudBulk {
-                message: Some(cloud_bulk::Message::ReportResult(result)),
-            };
-            if self.results.send(Ok(message)).await.is_err() {
+            // Before the answer: the edge may send the next one with it.
+            drop(next._place);
+            if next.reply.send(result).await.is_err() {
                 return;
             }
         }
@@ -207,18 +257,52 @@ impl Shared {
 }
 
 impl Lane {
-    /// The oldest report, and whether a newer one behind it says the same and more. With none left the lane is idle.
+    /// The oldest urgent report, else the oldest, and whether a newer one says the same and more. With none left the
+    /// lane is idle.
     fn next(&mut self) -> Option<(Waiting, bool)> {
-        let Some(next) = self.waiting.pop_front() else {
-            *self = Self::default();
-            return None;
-        };
-        let needless = self
+        let first = self
             .waiting
             .iter()
-            .any(|newer| supersedes(&newer.report, &next.report));
+            .position(|waiting| waiting.urgent)
+            .unwrap_or(0);
+        let Some(next) = self.waiting.remove(first) else {
+            self.waiting = VecDeque::new();
+            self.busy = false;
+            return None;
+        };
+        let needless = self.wrote_newer(&next.report)
+            || self
+                .waiting
+                .iter()
+                .any(|other| other.report.seq > next.report.seq && supersedes(&other.report, &next.report));
         Some((next, needless))
     }
+
+    fn wrote_newer(&self, report: &Report) -> bool {
+        match &report.report {
+            Some(report::Report::PodStatus(status)) => {
+                let newest = self.written.get(&hash(&status.uid));
+                newest.is_some_and(|newest| *newest > report.seq)
+            }
+            _ => false,
+        }
+    }
+
+    fn note(&mut self, report: &Report, outcome: Wire) {
+        if let Some(report::Report::PodStatus(status)) = &report.report {
+            match outcome {
+                Wire::Accepted => self.written.insert(hash(&status.uid), report.seq),
+                // The pod is gone.
+                _ => self.written.remove(&hash(&status.uid)),
+            };
+        }
+    }
+}
+
+fn hash(text: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A newer status of the same object says all that an older one did.
@@ -285,6 +369,8 @@ mod tests {
         for (seq, uid) in [(1, "a"), (2, "b"), (3, "a")] {
             lane.waiting.push_back(Waiting {
                 report: status(seq, uid),
+                reply: Reply::Bulk(mpsc::channel(1).0),
+                urgent: false,
                 _place: None,
             });
         }
@@ -314,28 +400,22 @@ mod tests {
     async fn reports_of_one_object_arrive_in_order_and_each_gets_its_result() {
         let (taken, mut order) = mpsc::unbounded_channel();
         let (results, mut answers) = mpsc::channel(8);
-        let session = Session {
-            id: "s".to_owned(),
-            peer: crate::pki::SitePeer {
-                site: "harbour".parse().unwrap(),
-                uid: skerry_proto::object::Uid::from("u"),
-                not_after: jiff::Timestamp::MAX,
-            },
-            over: tokio_util::sync::CancellationToken::new(),
-            begun: tokio_util::sync::CancellationToken::new(),
-        };
-        let lanes = Lanes::start(&Arc::new(Reports::new(Slow(taken))), &session, &results);
+        let session = crate::link::sessions::tests::session();
+        let lanes = Lanes::start(&Arc::new(Reports::new(Slow(taken))), &session);
         for seq in 1..=100 {
             let event = EventReport {
                 uid: format!("pod-{}", seq % 5),
                 ..Default::default()
             };
             lanes
-                .take(Report {
-                    seq,
-                    report: Some(report::Report::Event(event)),
-                    ..Default::default()
-                })
+                .take(
+                    Report {
+                        seq,
+                        report: Some(report::Report::Event(event)),
+                        ..Default::default()
+                    },
+                    Reply::Bulk(results.clone()),
+                )
                 .await;
             // Lanes run dry in between, and start again.
             if seq % 10 == 0 {
@@ -351,5 +431,61 @@ mod tests {
             assert!(newest[place] < seq);
             newest[place] = seq;
         }
+    }
+
+    #[tokio::test]
+    async fn critical_statuses_go_first_and_no_status_goes_backwards() {
+        struct Book(Mutex<Vec<u64>>, Semaphore);
+        #[tonic::async_trait]
+        impl ReportSink for Arc<Book> {
+            async fn take(&self, _: &SiteName, report: &Report) -> Outcome {
+                // The first waits until everything is queued.
+                if report.seq == 1 {
+                    self.1.acquire().await.unwrap().forget();
+                }
+                self.0.lock().unwrap().push(report.seq);
+                Outcome::Accepted
+            }
+        }
+        let book = Arc::new(Book(Mutex::default(), Semaphore::new(0)));
+        let reports = Arc::new(Reports::new(Arc::clone(&book)));
+        let session = crate::link::sessions::tests::session();
+        let lanes = Lanes::start(&reports, &session);
+        let (bulk, mut bulk_results) = mpsc::channel(16);
+        let (control, mut control_results) = mpsc::channel(16);
+        // All are of one pod, which became critical with the last.
+        lanes.take(status(1, "a"), Reply::Bulk(bulk.clone())).await;
+        tokio::task::yield_now().await;
+        lanes.take(status(4, "a"), Reply::Bulk(bulk.clone())).await;
+        let urgent = lanes.take_urgent(status(5, "a"), Reply::Control(control.clone()));
+        assert_eq!(urgent, Ok(()));
+        book.1.add_permits(1);
+        for expected in [1, 4] {
+            let message = bulk_results.recv().await.unwrap().unwrap().message;
+            let Some(cloud_bulk::Message::ReportResult(result)) = message else {
+                panic!("{message:?}");
+            };
+            assert_eq!((result.seq, result.outcome()), (expected, Wire::Accepted));
+        }
+        assert!(control_results.recv().await.is_some());
+        assert_eq!(*book.0.lock().unwrap(), [1, 5]);
+        session.over.cancel();
+    }
+
+    #[tokio::test]
+    async fn an_edge_that_floods_the_control_stream_is_found_out() {
+        struct Stuck;
+        #[tonic::async_trait]
+        impl ReportSink for Stuck {
+            async fn take(&self, _: &SiteName, _: &Report) -> Outcome {
+                std::future::pending().await
+            }
+        }
+        let session = crate::link::sessions::tests::session();
+        let lanes = Lanes::start(&Arc::new(Reports::new(Stuck)), &session);
+        let (control, _results) = mpsc::channel(16);
+        let sent = (0..100).map(|seq| lanes.take_urgent(status(seq, "a"), Reply::Control(control.clone())));
+        assert!(sent.collect::<Result<(), _>>().is_err());
+        session.over.cancel();
     }
 }

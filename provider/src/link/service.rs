@@ -13,33 +13,31 @@ use skerry_proto::link::{
     self, CloudBulk, CloudControl, EdgeBulk, EdgeControl, Hello, JoinResponse, PROTOCOL_MAX, PROTOCOL_MIN,
     RenewRequest, TunnelFrame, Welcome, cloud_control, edge_bulk, edge_control, link_server, tunnel_frame,
 };
+use skerry_transport::{Handle, Lane};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::arrivals::{Arrivals, ComeBack};
 use super::bulk::Bulk;
+use super::class::{self, SiteClass};
 use super::connection::Peer;
-use super::reports::Reports;
+use super::reports::{Reply, Reports};
 use super::sessions::{Session, Sessions};
+use super::timing::Timings;
 use super::tunnels::Tunnels;
 use crate::cluster::Mirror;
+use crate::metrics::Metrics;
 use crate::pki::{Authority, SitePeer};
 
 /// How long a new stream may stay silent before its first message.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// Orders and acknowledgements that may wait for a slow control connection.
 const CONTROL_QUEUE: usize = 128;
+/// Feature: statuses of critical pods may come on Control.
+const CRITICAL_STATUS: &str = "critical-status";
 /// Messages that may wait for a slow bulk connection.
 const BULK_QUEUE: usize = 64;
-
-/// Heartbeat settings that the provider gives to every site.
-#[derive(Clone, Copy, Debug)]
-pub struct Timing {
-    /// How often the edge sends a heartbeat.
-    pub heartbeat: Duration,
-    /// Silence after which a session is given up.
-    pub deadline: Duration,
-}
 
 /// What the service works with.
 pub struct LinkDeps {
@@ -58,7 +56,9 @@ pub struct LinkDeps {
     /// Who may begin a session now.
     pub arrivals: Arrivals,
     /// Heartbeats.
-    pub timing: Timing,
+    pub timings: Timings,
+    /// Where round trips are counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// The gRPC service.
@@ -105,6 +105,7 @@ impl link_server::Link for LinkService {
         request: Request<Streaming<EdgeControl>>,
     ) -> Result<Response<Self::ControlStream>, Status> {
         let (peer, remote) = self.admitted(&request)?;
+        let line = line_of(&request);
         let site = peer.site.clone();
         let mut inbound = request.into_inner();
         let Some(edge_control::Message::Hello(hello)) = first(&mut inbound).await?.message else {
@@ -121,22 +122,36 @@ impl link_server::Link for LinkService {
         let now = Timestamp::now();
         let session = self.deps.sessions.begin(&peer, &hello, orders.clone(), now);
         tracing::info!(%site, %remote, version = %hello.version, session = %session.id, "a site connected");
-        let timing = self.deps.timing;
+        let class = class::declared(&self.deps.mirror, &site);
+        let timing = self.deps.timings.of(class);
+        if let Some(line) = line {
+            session.lines.add(Lane::Control, line, class, timing.life_signs());
+        }
         let welcome = Welcome {
             protocol,
             session: session.id.clone(),
             heartbeat_millis: millis(timing.heartbeat),
             deadline_millis: millis(timing.deadline),
             now_unix_nanos: i64::try_from(now.as_nanosecond()).unwrap_or(i64::MAX),
-            features: vec![],
+            features: vec![CRITICAL_STATUS.to_owned()],
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            class: link::Class::from(class).into(),
+            critical_priority: self.deps.timings.critical_priority,
         };
         // The queue is new and has room.
         let _ = orders.try_send(Ok(CloudControl {
             message: Some(cloud_control::Message::Welcome(welcome)),
         }));
         tokio::spawn(place.until(session.clone().settled()));
-        tokio::spawn(listen(Arc::clone(&self.deps), session.clone(), inbound, orders));
+        let (mirror, timings) = (&self.deps.mirror, self.deps.timings);
+        let class = SiteClass::new(mirror, timings, &session, &hello, class);
+        tokio::spawn(listen(
+            Arc::clone(&self.deps),
+            session.clone(),
+            class,
+            inbound,
+            orders,
+        ));
         Ok(Response::new(Box::pin(until_over(queue, session))))
     }
 
@@ -145,6 +160,7 @@ impl link_server::Link for LinkService {
         request: Request<Streaming<EdgeBulk>>,
     ) -> Result<Response<Self::BulkStream>, Status> {
         let (SitePeer { site, .. }, _) = self.admitted(&request)?;
+        let line = line_of(&request);
         let mut inbound = request.into_inner();
         let Some(edge_bulk::Message::Hello(hello)) = first(&mut inbound).await?.message else {
             return Err(Status::invalid_argument(
@@ -152,6 +168,11 @@ impl link_server::Link for LinkService {
             ));
         };
         let session = self.session(&site, &hello.session)?;
+        if let Some(line) = line {
+            let class = class::declared(&self.deps.mirror, &site);
+            let signs = self.deps.timings.of(class).life_signs();
+            session.lines.add(Lane::Bulk, line, class, signs);
+        }
         let (outbound, queue) = mpsc::channel(BULK_QUEUE);
         let bulk = Bulk::new(Arc::clone(&self.deps), session.clone(), outbound);
         let deps = Arc::clone(&self.deps);
@@ -200,6 +221,7 @@ impl LinkService {
         let Some(Peer {
             site: Some(peer),
             remote,
+            ..
         }) = request.extensions().get::<Peer>()
         else {
             return Err(Status::unauthenticated(
@@ -244,19 +266,28 @@ impl LinkService {
 async fn listen(
     deps: Arc<LinkDeps>,
     session: Session,
+    mut class: SiteClass,
     mut inbound: Streaming<EdgeControl>,
     orders: mpsc::Sender<Result<CloudControl, Status>>,
 ) {
+    let mut heard = Instant::now();
     let reason = loop {
+        let deadline = class.timing().deadline;
         let message = tokio::select! {
             () = session.over.cancelled() => break "another session took over, or this one was dismissed".to_owned(),
-            message = tokio::time::timeout(deps.timing.deadline, inbound.message()) => message,
+            message = tokio::time::timeout_at(heard + deadline, inbound.message()) => message,
+            changed = class.changed() => match class.take(changed, &orders) {
+                // Silence counts anew: until now the edge had other orders.
+                Ok(()) => { heard = Instant::now(); continue }
+                Err(reason) => break reason,
+            }
         };
+        heard = Instant::now();
         let message = match message {
             Ok(Ok(Some(message))) => message.message,
             Ok(Ok(None)) => break "the edge closed it".to_owned(),
             Ok(Err(status)) => break status.message().to_owned(),
-            Err(_) => break format!("nothing was heard for {:?}", deps.timing.deadline),
+            Err(_) => break format!("nothing was heard for {deadline:?}"),
         };
         // Looked at with each message, at least once per heartbeat: a timer would be fooled by a clock that is set.
         if session.peer.not_after <= Timestamp::now() {
@@ -265,6 +296,12 @@ async fn listen(
         deps.sessions.heard(&session, Timestamp::now());
         match message {
             Some(edge_control::Message::Heartbeat(beat)) => {
+                if beat.round_trip_micros > 0 {
+                    let took = Duration::from_micros(beat.round_trip_micros);
+                    deps.metrics.observe_heartbeat(class.class(), took);
+                }
+                deps.sessions.note_use(&session, &beat);
+                deps.metrics.set_uplink(&session.peer.site, &beat);
                 deps.sessions.dropped(&session, beat.drops);
                 let ack = cloud_control::Message::HeartbeatAck(link::HeartbeatAck { seq: beat.seq });
                 if orders.try_send(Ok(CloudControl { message: Some(ack) })).is_err() {
@@ -273,6 +310,12 @@ async fn listen(
             }
             Some(edge_control::Message::TunnelFailed(failed)) => {
                 deps.tunnels.failed(&session.peer.site, failed)
+            }
+            Some(edge_control::Message::Report(report)) => {
+                let lanes = session.lanes(&deps.reports);
+                if let Err(reason) = lanes.take_urgent(report, Reply::Control(orders.clone())) {
+                    break reason;
+                }
             }
             // A second Hello, or something newer than this build: ignored, as link.proto says.
             _ => {}
@@ -313,6 +356,11 @@ fn until_over<T: Send + 'static>(
     })
 }
 
+/// The connection on which a call came.
+fn line_of<T>(request: &Request<T>) -> Option<Handle> {
+    request.extensions().get::<Peer>().map(|peer| peer.line.clone())
+}
+
 async fn first<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
     match tokio::time::timeout(GREETING_LIMIT, inbound.message()).await {
         Ok(message) => {
@@ -322,6 +370,6 @@ async fn first<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
     }
 }
 
-fn millis(duration: Duration) -> u32 {
+pub(super) fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }

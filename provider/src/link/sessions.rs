@@ -4,15 +4,19 @@
 //! whatever still runs for it may no longer write.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use jiff::Timestamp;
 use skerry_proto::SiteName;
-use skerry_proto::link::{CloudControl, Hello, OpenTunnel, ReportDrops, cloud_control};
+use skerry_proto::link::{
+    self, CloudControl, Heartbeat, Hello, OpenTunnel, ReportDrops, cloud_control, heartbeat,
+};
 use skerry_proto::object::Uid;
+use skerry_transport::Lines;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::reports::{Lanes, Reports};
 use super::tunnels::{Orders, SiteAway};
 use crate::pki::SitePeer;
 
@@ -34,6 +38,10 @@ pub struct LinkState {
     pub boot_id: String,
     /// Reports that the site has dropped since its store was made, by lane and reason, as far as it was told.
     pub drops: BTreeMap<(String, String), u64>,
+    /// Bytes that the link has carried today.
+    pub used_today: u64,
+    /// Why what can wait must wait at the site.
+    pub deferring: heartbeat::Deferring,
 }
 
 /// One session, as its streams hold it.
@@ -47,9 +55,17 @@ pub struct Session {
     pub over: CancellationToken,
     /// Cancelled when the first comparison of inventories has been sent: the dear part of the beginning is over.
     pub begun: CancellationToken,
+    /// Its connections.
+    pub lines: Lines,
+    lanes: Arc<OnceLock<Lanes>>,
 }
 
 impl Session {
+    /// The lanes of its reports, from whichever stream they come.
+    pub(super) fn lanes(&self, reports: &Arc<Reports>) -> &Lanes {
+        self.lanes.get_or_init(|| Lanes::start(reports, self))
+    }
+
     /// Waits until the session has begun for good, or is over.
     pub(super) async fn settled(self) {
         tokio::select! {
@@ -103,6 +119,8 @@ impl Sessions {
             peer: peer.clone(),
             over: CancellationToken::new(),
             begun: CancellationToken::new(),
+            lines: Lines::default(),
+            lanes: Arc::default(),
         };
         let entry = Entry {
             session: session.clone(),
@@ -156,6 +174,24 @@ impl Sessions {
                 state.drops.pop_last();
             }
         });
+    }
+
+    /// Notes what a heartbeat says of the link's use.
+    pub fn note_use(&self, session: &Session, beat: &Heartbeat) {
+        self.state(&session.peer.site).send_if_modified(|state| {
+            state.used_today = beat.used_today;
+            let before = std::mem::replace(&mut state.deferring, beat.deferring());
+            before != state.deferring
+        });
+    }
+
+    /// Asks a connected site for its Node's status.
+    pub fn ask_for_node(&self, site: &SiteName) {
+        if let Some(entry) = self.entries().get(site) {
+            let message = Some(cloud_control::Message::ReportNode(link::ReportNode {}));
+            // A full queue is a slow link: it is asked again.
+            let _ = entry.orders.try_send(Ok(CloudControl { message }));
+        }
     }
 
     /// Ends a session. Has no effect on a newer one of the same site.
@@ -244,6 +280,8 @@ impl Sessions {
                 version: String::new(),
                 boot_id: String::new(),
                 drops: BTreeMap::new(),
+                used_today: 0,
+                deferring: heartbeat::Deferring::Not,
             })
         };
         states.entry(site.clone()).or_insert_with(fresh).clone()
@@ -270,7 +308,7 @@ impl Orders for Sessions {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn hello() -> Hello {
@@ -291,6 +329,12 @@ mod tests {
             uid: Uid::from("first".to_owned()),
             not_after: Timestamp::MAX,
         }
+    }
+
+    /// A session of its own registry.
+    pub(in crate::link) fn session() -> Session {
+        let (orders, _) = mpsc::channel(1);
+        Sessions::new(Timestamp::UNIX_EPOCH).begin(&peer(), &hello(), orders, Timestamp::UNIX_EPOCH)
     }
 
     #[test]

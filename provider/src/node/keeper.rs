@@ -10,17 +10,20 @@ use k8s_openapi::api::coordination::v1::Lease;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::json;
-use skerry_proto::SiteName;
+use skerry_proto::autonomy::{Autonomy, AwayNode, AwayTaint};
 use skerry_proto::link::Kind;
+use skerry_proto::{Class, SiteName};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::schedule::{jittered, last_seen_period, lease_period};
 use super::site_status::{Facts, SiteStatus};
-use super::status::mark_away;
+use super::status::{mark_away, refresh_heard};
+use super::taint;
 use super::writes::NodeWrites;
 use crate::cluster::{Mirror, Object};
+use crate::link::Timings;
 use crate::link::sessions::{LinkState, Sessions};
 use crate::metrics::Metrics;
 use crate::pods::tolerations;
@@ -40,8 +43,8 @@ pub struct NodeDeps {
     pub mirror: Arc<Mirror>,
     /// Who is connected.
     pub sessions: Sessions,
-    /// Silence after which a site is said to be away.
-    pub deadline: Duration,
+    /// Silence after which a site is said to be away, by its class.
+    pub timings: Timings,
     /// Metrics to set.
     pub metrics: Arc<Metrics>,
     /// Tells the devices of a site that it came or went.
@@ -73,6 +76,7 @@ pub async fn run(deps: Arc<NodeDeps>, stop: CancellationToken) {
                     deps: Arc::clone(&deps),
                     site,
                     sites: Arc::clone(&count),
+                    class: Class::of_site(&object.value),
                     said_away: None,
                     status: SiteStatus::default(),
                     lease_due: None,
@@ -88,6 +92,7 @@ struct Keeper {
     site: SiteName,
     /// How many Sites there are.
     sites: Arc<AtomicUsize>,
+    class: Class,
     /// What was last told to the devices room.
     said_away: Option<bool>,
     status: SiteStatus,
@@ -120,6 +125,8 @@ impl Keeper {
                 self.deps.writes.forget(&self.site);
                 return;
             };
+            self.class = Class::of_site(&site.value);
+            self.deps.metrics.set_class(&self.site, self.class);
             self.deps.sessions.dismiss_earlier(&self.site, &site.key.uid);
             let state = link.borrow().clone();
             let rest = Instant::now() + jittered(LOOK_AGAIN);
@@ -141,7 +148,7 @@ impl Keeper {
         }
         let silent = Duration::try_from(now.duration_since(state.last_heard.unwrap_or(state.since)))
             .unwrap_or_default();
-        Some(self.deps.deadline.saturating_sub(silent))
+        Some(self.deps.timings.of(self.class).deadline.saturating_sub(silent))
     }
 
     /// Does what is to be done now; answers when to come again, if that is known.
@@ -159,6 +166,7 @@ impl Keeper {
             if enrolled || state.online {
                 let facts = Facts {
                     link: state,
+                    class: self.class,
                     pods: pods.len(),
                     last_seen: last_seen_period(self.sites.load(Ordering::Relaxed)),
                 };
@@ -168,28 +176,43 @@ impl Keeper {
                     .await;
             }
         }
+        let policy = Autonomy::of_site(&site.value);
         for pod in pods.iter().filter(|pod| tolerations::due(pod, state.online, now)) {
             // One pod that refuses must not leave the others unprotected.
-            if let Err(error) = tolerations::protect(&self.deps.client, pod).await {
+            if let Err(error) = tolerations::protect(&self.deps.client, pod, &policy).await {
                 tracing::warn!(site = %self.site, namespace = %pod.namespace, pod = %pod.name, %error,
                     "a pod could not be protected from eviction; it is tried again");
             }
         }
         let Some(node) = node else {
             self.lease_due = None;
+            if state.online && enrolled {
+                self.deps.sessions.ask_for_node(&self.site);
+            }
             return told;
         };
+        let deps = &self.deps;
+        let shown_ready = policy.node == AwayNode::Ready;
+        if state.online {
+            refresh_heard(&deps.client, &deps.writes, &self.site, &node, now).await?;
+            taint::keep(&deps.client, &node, AwayTaint::None).await?;
+        }
         if away {
-            let deps = &self.deps;
+            taint::keep(&deps.client, &node, policy.taint).await?;
+        }
+        if away && !shown_ready {
             mark_away(&deps.client, &deps.writes, &deps.sessions, &self.site, &node, now).await?;
         }
-        self.keep_lease(&node, state.online, now).await?;
+        // Until the deadline of its class a site is not away, whatever became of its connections.
+        let heard = state.online || (!away && state.last_heard.is_some());
+        self.keep_lease(&node, heard || (away && shown_ready), now)
+            .await?;
         told
     }
 
-    /// Renews the lease of a site that is heard when it is due.
-    async fn keep_lease(&mut self, node: &Object, online: bool, now: Timestamp) -> Result<(), kube::Error> {
-        if !online {
+    /// Renews the lease of a site that is heard, or shown as if it were, when it is due.
+    async fn keep_lease(&mut self, node: &Object, heard: bool, now: Timestamp) -> Result<(), kube::Error> {
+        if !heard {
             self.lease_due = None;
             return Ok(());
         }

@@ -13,6 +13,7 @@ mod keeper;
 mod schedule;
 mod site_status;
 pub mod status;
+mod taint;
 mod writes;
 
 pub use keeper::{NodeDeps, run};

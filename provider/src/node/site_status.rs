@@ -6,7 +6,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::Client;
 use serde_json::{Map, Value, json};
-use skerry_proto::SiteName;
+use skerry_proto::link::heartbeat;
+use skerry_proto::{Class, SiteName};
 use tokio::time::Instant;
 
 use super::writes::version;
@@ -90,6 +91,7 @@ impl SiteStatus {
         if let Some(heard) = facts.link.last_heard {
             let text = heard.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
             status.insert("lastSeen".to_owned(), Value::from(text));
+            status.insert("link".to_owned(), link_use(facts.link));
         }
         if status.is_empty() {
             Look::Same
@@ -103,6 +105,8 @@ impl SiteStatus {
 pub(super) struct Facts<'a> {
     /// Its link.
     pub(super) link: &'a LinkState,
+    /// Its class.
+    pub(super) class: Class,
     /// How many pods are bound to it.
     pub(super) pods: usize,
     /// How old `lastSeen` may become.
@@ -122,6 +126,7 @@ impl Facts<'_> {
             Value::from(if self.link.online { "Online" } else { "Offline" }),
         );
         set("pods", Value::from(self.pods));
+        set("class", Value::from(self.class.as_str()));
         if !self.link.version.is_empty() {
             set("version", Value::from(self.link.version.clone()));
             set("bootID", Value::from(self.link.boot_id.clone()));
@@ -131,6 +136,18 @@ impl Facts<'_> {
         }
         status
     }
+}
+
+/// What the link costs, and whether it rests.
+fn link_use(link: &LinkState) -> Value {
+    json!({
+        "usedToday": link.used_today,
+        "deferring": match link.deferring {
+            heartbeat::Deferring::Not => Value::Null,
+            heartbeat::Deferring::Budget => "Budget".into(),
+            heartbeat::Deferring::QuietHours => "QuietHours".into(),
+        },
+    })
 }
 
 /// Dropped reports, by lane.
@@ -154,6 +171,8 @@ mod tests {
 
     fn online() -> LinkState {
         LinkState {
+            used_today: 0,
+            deferring: heartbeat::Deferring::Not,
             online: true,
             since: Timestamp::UNIX_EPOCH,
             last_heard: Some(NOW.parse().unwrap()),
@@ -164,11 +183,12 @@ mod tests {
     }
 
     fn told(pods: usize) -> Value {
-        json!({"state": "Online", "pods": pods, "version": "1", "bootID": "b", "lastSeen": "2026-01-01T00:09:30Z"})
+        json!({"state": "Online", "class": "standard", "pods": pods, "version": "1", "bootID": "b", "lastSeen": "2026-01-01T00:09:30Z"})
     }
 
     fn look(status: &SiteStatus, site: &Object, link: &LinkState, pods: usize) -> Look {
         let facts = Facts {
+            class: Class::Standard,
             link,
             pods,
             last_seen: Duration::from_secs(60),
@@ -203,7 +223,8 @@ mod tests {
         let Look::Write(fields) = look(&status, &shown, &online(), 2) else {
             panic!("nothing is written")
         };
-        assert_eq!(fields.len(), 2, "{fields:?}");
+        let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+        assert_eq!(names, ["lastSeen", "link", "pods"]);
     }
 
     #[tokio::test]
@@ -215,6 +236,9 @@ mod tests {
         let Look::Write(fields) = look(&status, &site("1", old), &online(), 1) else {
             panic!("nothing is written")
         };
-        assert_eq!(Value::Object(fields), json!({"lastSeen": NOW}));
+        assert_eq!(
+            Value::Object(fields),
+            json!({"lastSeen": NOW, "link": {"usedToday": 0, "deferring": null}})
+        );
     }
 }

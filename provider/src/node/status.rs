@@ -40,6 +40,8 @@ const MEASURED: [&str; 7] = [
 
 /// A status that says nothing new is written again after this long, as a kubelet does every five minutes.
 const HEARTBEAT: SignedDuration = SignedDuration::from_secs(270);
+/// Conditions that the site reports.
+const OWN_CONDITIONS: [&str; 4] = ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"];
 
 /// Where the API server reaches the kubelet endpoint of every site: this provider.
 #[derive(Clone, Debug)]
@@ -253,6 +255,47 @@ fn stamped(conditions: Vec<Value>, current: &Value, now: Timestamp) -> Value {
         condition
     };
     Value::Array(conditions.into_iter().map(stamp).collect())
+}
+
+/// Keeps `lastHeartbeatTime` of a heard site's Node fresh, as often as a kubelet does: the site itself reports only changes.
+pub(super) async fn refresh_heard(
+    client: &Client,
+    writes: &NodeWrites,
+    site: &SiteName,
+    node: &Object,
+    now: Timestamp,
+) -> Result<(), kube::Error> {
+    let current = &node.value["status"];
+    let conditions = current["conditions"].as_array().cloned().unwrap_or_default();
+    let old = |condition: &Value| {
+        let time = condition["lastHeartbeatTime"].as_str();
+        let time = time.and_then(|t| t.parse::<Timestamp>().ok());
+        time.is_some_and(|time| now.duration_since(time) >= HEARTBEAT)
+    };
+    // What others have said is theirs, and what was said while the site was away holds until the site reports.
+    let own = |c: &Value| OWN_CONDITIONS.iter().any(|own| c["type"] == *own) && c["status"] != "Unknown";
+    let stale: Vec<Value> = conditions.into_iter().filter(|c| own(c) && old(c)).collect();
+    if stale.is_empty() {
+        return Ok(());
+    }
+    let mut newest = writes.turn(site).await;
+    if newest.outruns(node) {
+        // A report was faster.
+        return Ok(());
+    }
+    let nodes: Api<Node> = Api::all(client.clone());
+    let patch = json!({"status": {"conditions": stamped(stale, current, now)}});
+    match nodes
+        .patch_status(&node.name, &PatchParams::default(), &Patch::Strategic(&patch))
+        .await
+    {
+        Ok(node) => {
+            newest.note(node.metadata.resource_version.as_deref());
+            Ok(())
+        }
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Says of a Node that its site is not heard since then. Does nothing when it says so already, or when the site is heard

@@ -16,6 +16,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::{Value, json};
+use skerry_proto::autonomy::{Autonomy, REPLACE, Replace};
 
 use crate::cluster::Object;
 
@@ -34,9 +35,10 @@ pub fn due(pod: &Object, site_is_heard: bool, now: Timestamp) -> bool {
     created.is_none_or(|created| now.duration_since(created) >= SETTLED)
 }
 
-/// Makes one pod tolerate an absent site; does nothing when it does so already.
-pub async fn protect(client: &Client, pod: &Object) -> Result<(), kube::Error> {
-    let Some(tolerations) = wanted(&pod.value) else {
+/// Makes one pod tolerate an absent site for as long as the policies say; does nothing when it does so already.
+pub async fn protect(client: &Client, pod: &Object, policy: &Autonomy) -> Result<(), kube::Error> {
+    let annotation = pod.value["metadata"]["annotations"][REPLACE].as_str();
+    let Some(tolerations) = wanted(&pod.value, policy.replace_of(annotation)) else {
         return Ok(());
     };
     let pods: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace);
@@ -53,7 +55,11 @@ pub async fn protect(client: &Client, pod: &Object) -> Result<(), kube::Error> {
 }
 
 /// The tolerations that the pod should have; `None` when it has them.
-fn wanted(pod: &Value) -> Option<Vec<Value>> {
+fn wanted(pod: &Value, replace: Replace) -> Option<Vec<Value>> {
+    let seconds = match replace {
+        Replace::Never => None,
+        Replace::After(after) => Some(after.as_secs()),
+    };
     if pod["metadata"].get("deletionTimestamp").is_some() {
         return None;
     }
@@ -64,13 +70,23 @@ fn wanted(pod: &Value) -> Option<Vec<Value>> {
         for toleration in &mut wanted {
             if covers(toleration, key) {
                 covered = true;
-                if let Some(map) = toleration.as_object_mut() {
-                    map.remove("tolerationSeconds");
+                // One of all taints is its author's word: a DaemonSet's pod is of no use elsewhere.
+                let of_all = toleration["key"].as_str().unwrap_or_default().is_empty();
+                match (toleration.as_object_mut(), seconds) {
+                    (Some(map), None) => drop(map.remove("tolerationSeconds")),
+                    (Some(map), Some(seconds)) if !of_all => {
+                        map.insert("tolerationSeconds".to_owned(), seconds.into());
+                    }
+                    _ => {}
                 }
             }
         }
         if !covered {
-            wanted.push(json!({"key": key, "operator": "Exists", "effect": "NoExecute"}));
+            let mut toleration = json!({"key": key, "operator": "Exists", "effect": "NoExecute"});
+            if let Some(seconds) = seconds {
+                toleration["tolerationSeconds"] = seconds.into();
+            }
+            wanted.push(toleration);
         }
     }
     (wanted != current).then_some(wanted)
@@ -109,7 +125,7 @@ mod tests {
             {"key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300},
             {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}]}});
         assert_eq!(
-            wanted(&pod).unwrap(),
+            wanted(&pod, Replace::Never).unwrap(),
             [
                 json!({"key": "a", "operator": "Exists"}),
                 json!({"key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute"}),
@@ -119,14 +135,38 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_that_may_be_replaced_tolerates_the_absence_for_that_long() {
+        let toleration = |key: &str, seconds: u64| json!({"key": format!("node.kubernetes.io/{key}"), "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds});
+        let pod = json!({"metadata": {}, "spec": {"tolerations": [toleration("not-ready", 300)]}});
+        let after = Replace::After(std::time::Duration::from_secs(60));
+        assert_eq!(
+            wanted(&pod, after).unwrap(),
+            [toleration("not-ready", 60), toleration("unreachable", 60)]
+        );
+        let everywhere = json!({"metadata": {}, "spec": {"tolerations": [{"operator": "Exists"}]}});
+        assert_eq!(wanted(&everywhere, after), None);
+    }
+
+    #[test]
     fn a_pod_that_tolerates_everything_is_left_alone_and_one_without_gets_both() {
         assert_eq!(
-            wanted(&json!({"metadata": {}, "spec": {"tolerations": [{"operator": "Exists"}]}})),
+            wanted(
+                &json!({"metadata": {}, "spec": {"tolerations": [{"operator": "Exists"}]}}),
+                Replace::Never
+            ),
             None
         );
-        assert_eq!(wanted(&json!({"metadata": {}, "spec": {}})).unwrap().len(), 2);
         assert_eq!(
-            wanted(&json!({"metadata": {"deletionTimestamp": "t"}, "spec": {}})),
+            wanted(&json!({"metadata": {}, "spec": {}}), Replace::Never)
+                .unwrap()
+                .len(),
+            2
+        );
+        assert_eq!(
+            wanted(
+                &json!({"metadata": {"deletionTimestamp": "t"}, "spec": {}}),
+                Replace::Never
+            ),
             None
         );
     }

@@ -84,6 +84,7 @@ impl Fleet {
                     token,
                     data_dir: plan.dir.join(&name),
                     force: false,
+                    proxies: Default::default(),
                 };
                 async move {
                     join(&options)

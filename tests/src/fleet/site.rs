@@ -199,6 +199,7 @@ impl Rooms {
             name: object.name.clone(),
             status_json: status.to_string().into(),
             finished,
+            ..Default::default()
         };
         self.queue(&format!("pod/{uid}"), report::Report::PodStatus(body));
     }

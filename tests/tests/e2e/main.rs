@@ -6,6 +6,7 @@
 
 mod autonomy;
 mod churn;
+mod classes;
 mod details;
 mod devices;
 mod duties;
@@ -15,12 +16,14 @@ mod kubelet_api;
 mod lifecycle;
 mod parallel;
 mod pods;
+mod policies;
 mod programs;
 mod resources;
 mod security;
 mod static_pods;
 mod store;
 mod streams;
+mod uplink;
 mod volumes;
 mod workloads;
 
@@ -32,6 +35,9 @@ fn main() -> ExitCode {
     let scenarios = [
         churn::scenarios(),
         autonomy::scenarios(),
+        classes::scenarios(),
+        uplink::scenarios(),
+        policies::scenarios(),
         devices::scenarios(),
         duties::scenarios(),
         details::scenarios(),
