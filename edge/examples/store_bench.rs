@@ -210,18 +210,8 @@ fn secret(number: usize) -> Value {
 
 fn token(number: usize) -> Upsert {
     // As long as a real one, and as little compressible.
-    let noise: String = (0..14)
-        .map(|part| {
-            format!(
-                "{}",
-                ContentHash::of_bytes(format!("{number}/{part}").as_bytes())
-                    .0
-                    .iter()
-                    .map(|b| format!("{b:02x}"))
-                    .collect::<String>()
-            )
-        })
-        .collect();
+    let part = |part: usize| ContentHash::of_bytes(format!("{number}/{part}").as_bytes()).0;
+    let noise: String = (0..14).flat_map(part).map(|byte| format!("{byte:02x}")).collect();
     let object = json!({"token": noise});
     Upsert {
         uid: format!("{}/kube-api-access/token", uid(number)),

@@ -204,9 +204,20 @@ impl Settings {
     /// `file`: the one that the user named; else [`DEFAULT_FILE`] is read if it exists.
     pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
         let from_file: Self = config::read(file, Path::new(DEFAULT_FILE))?;
+        self.with_file(from_file, file.unwrap_or(Path::new(DEFAULT_FILE)))
+    }
+
+    /// The same with the text of a file.
+    pub fn resolve_text(self, text: &str) -> Result<Config, ConfigError> {
+        let file = Path::new(DEFAULT_FILE);
+        let from_file = config::parse(text, file)?;
+        self.with_file(from_file, file)
+    }
+
+    fn with_file(self, from_file: Self, file: &Path) -> Result<Config, ConfigError> {
         if let Some(key) = from_file.unknown.keys().next() {
             return Err(ConfigError::Parse {
-                file: file.unwrap_or(Path::new(DEFAULT_FILE)).to_owned(),
+                file: file.to_owned(),
                 reason: format!(
                     "unknown key `{key}`; skerry-edge run --help lists the flags, which are the keys"
                 ),

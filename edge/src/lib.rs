@@ -13,6 +13,7 @@ pub mod config;
 pub mod daemon;
 pub mod devices;
 pub mod eviction;
+pub mod fuzzing;
 pub mod identity;
 pub mod images;
 pub mod inspect;

@@ -91,7 +91,7 @@ impl Failure {
             Self::Join(JoinError::Token(_) | JoinError::Address(_) | JoinError::Joined { .. }) => 2,
             Self::Join(JoinError::Refused(_)) => 3,
             Self::Join(JoinError::Files(_)) | Self::Daemon(DaemonError::Store(_)) => 4,
-            Self::Store(_) | Self::Contradictions(_) => 4,
+            Self::Store(_) | Self::StoreInUse(_) | Self::Contradictions(_) => 4,
             Self::Identity(error) | Self::Daemon(DaemonError::Identity(error)) => identity(error),
             Self::Daemon(DaemonError::Config(_)) => 2,
             _ => 1,

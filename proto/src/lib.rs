@@ -11,12 +11,14 @@
 //! * [`object`]: how an API object is hashed and packed for the link;
 //! * [`device`]: the Device API as both sides read it;
 //! * [`stats`]: what a node and its pods use;
+//! * [`fuzzing`]: hostile bytes for the decoders of all crates;
 //! * [`limits`]: sizes that both sides enforce.
 
 pub mod autonomy;
 mod class;
 pub mod device;
 pub mod digest;
+pub mod fuzzing;
 pub mod limits;
 pub mod object;
 mod site;

@@ -6,6 +6,7 @@ pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod devices;
+pub mod fuzzing;
 pub mod kubelet;
 pub mod link;
 pub mod metrics;

@@ -122,7 +122,7 @@ pub(super) fn new_key() -> Result<(KeyPair, bytes::Bytes), String> {
 }
 
 /// The certificate must be for this site: what else it was signed for is the provider's business.
-pub(super) fn check(answer: &JoinResponse, site: &SiteName) -> Result<(), String> {
+pub(crate) fn check(answer: &JoinResponse, site: &SiteName) -> Result<(), String> {
     let leaf = answer.certificates_der.first().ok_or("it holds no certificate")?;
     if answer.roots_der.is_empty() {
         return Err("it holds no root certificate".to_owned());

@@ -23,6 +23,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use skerry_proto::{SiteName, SpiffeId, TrustDomain};
 
 pub use dial::Dialer;
+pub(crate) use join::check as check_answer;
 pub use join::{JoinError, JoinOptions, join};
 pub use proxy::{Proxy, ProxyRules};
 pub use renew::renew_loop;

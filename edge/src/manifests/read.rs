@@ -32,7 +32,7 @@ pub(crate) enum ManifestError {
 }
 
 /// Reads a pod from the text of the file at `path`. The same text at the same path gives the same UID.
-pub(super) fn parse(text: &str, path: &str, node: &SiteName, seen: Timestamp) -> Result<Pod, ManifestError> {
+pub(crate) fn parse(text: &str, path: &str, node: &SiteName, seen: Timestamp) -> Result<Pod, ManifestError> {
     let mut documents = serde_norway::Deserializer::from_str(text);
     let first = documents
         .next()

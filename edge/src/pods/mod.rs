@@ -88,6 +88,7 @@ use images::Images;
 use ledger::{Ledger, Nudge};
 pub use probes::ProbeMetrics;
 use record::{PodRecord, View};
+pub(crate) use resting::any_record;
 pub use starts::Starts;
 pub use terminations::Terminations;
 use worker::{Orders, Shared, Worker};

@@ -113,6 +113,17 @@ impl RecordInShort {
     }
 }
 
+/// Reads any bytes as a stored record, in short and whole.
+pub(crate) fn any_record(bytes: &[u8]) {
+    let short = serde_json::from_slice::<RecordInShort>(bytes);
+    if let Ok(record) = serde_json::from_slice::<PodRecord>(bytes) {
+        assert!(
+            short.is_ok(),
+            "what can be read whole can be read in short: {record:?}"
+        );
+    }
+}
+
 /// As much of a stored pod as matters to one at rest.
 #[derive(Deserialize)]
 struct PodInShort {

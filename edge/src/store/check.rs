@@ -22,6 +22,16 @@ pub struct Statistics {
     pub tables: Vec<(&'static str, u64)>,
 }
 
+/// Reads any bytes as a stored object and as a stored report.
+pub(crate) fn any_value(bytes: &[u8]) {
+    if let Ok(object) = super::objects::decode_object(bytes) {
+        let _ = object.decode::<k8s_openapi::api::core::v1::Pod>();
+    }
+    if let Ok(envelope) = super::outbox::Envelope::decode(bytes) {
+        let _ = envelope.lane();
+    }
+}
+
 impl Store {
     /// Measures the file. Reads all of it. Blocking.
     pub fn statistics(&self) -> Result<Statistics, StoreError> {

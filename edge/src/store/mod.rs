@@ -85,6 +85,7 @@ use medium::{OnDisk, Place};
 use writer::{Done, Write, Writer};
 
 pub use check::Statistics;
+pub(crate) use check::any_value;
 pub use compact::Compacted;
 pub use ended::MAX_ENDED;
 pub use outbox::NewReport;

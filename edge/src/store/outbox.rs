@@ -410,7 +410,7 @@ pub(super) struct Envelope {
 }
 
 impl Envelope {
-    fn lane(&self) -> Lane {
+    pub(super) fn lane(&self) -> Lane {
         let stated = self.lane_number.checked_sub(1).and_then(|n| u8::try_from(n).ok());
         let body = self.report.as_ref().and_then(|r| r.report.as_ref());
         stated

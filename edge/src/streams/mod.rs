@@ -15,6 +15,7 @@
 
 mod follow;
 mod forward;
+mod fuzzing;
 mod lines;
 mod logs;
 mod process;
@@ -25,6 +26,8 @@ mod spdy;
 #[cfg(test)]
 mod testing;
 mod websocket;
+
+pub(crate) use fuzzing::{any_client, any_target, client_seeds};
 
 use std::path::PathBuf;
 use std::sync::Arc;

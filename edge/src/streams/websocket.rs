@@ -39,7 +39,7 @@ const CLOSE: u8 = 255;
 
 /// A subprotocol's ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Protocol {
+pub(super) struct Protocol {
     name: &'static str,
     base64: bool,
     /// The outcome is a JSON Status.
@@ -98,10 +98,7 @@ async fn session<S: Future<Output = ()>>(wire: Wire, serve: impl FnOnce(Socket) 
     let (ours, theirs) = tokio::io::duplex(TUNNEL_CHUNK_BYTES);
     let (from_socket, to_socket) = tokio::io::split(theirs);
     let session = async {
-        let config = WebSocketConfig::default()
-            .max_message_size(Some(MAX_MESSAGE_BYTES))
-            .max_frame_size(Some(MAX_MESSAGE_BYTES));
-        let socket = WebSocketStream::from_raw_socket(ours, Role::Server, Some(config)).await;
+        let socket = WebSocketStream::from_raw_socket(ours, Role::Server, Some(socket_config())).await;
         serve(socket).await;
     };
     // The session drops its end of the pipe, which ends `upwards` after the last byte; `downwards` then has no reader.
@@ -112,7 +109,32 @@ async fn session<S: Future<Output = ()>>(wire: Wire, serve: impl FnOnce(Socket) 
     }
 }
 
-fn handshake(target: &StreamTarget) -> Result<(Protocol, Vec<Header>), StreamError> {
+/// Takes any bytes as a message of each protocol.
+pub(super) fn decode_any(message: Bytes) {
+    for protocol in PROTOCOLS.into_iter().chain([UNNAMED]) {
+        let mut resizes = Resizes::default();
+        let _ = decode(protocol, message.clone(), &mut resizes);
+    }
+}
+
+/// Takes any bytes as what comes on the connection.
+pub(super) fn read_any(bytes: &[u8]) {
+    use tokio_tungstenite::tungstenite::WebSocket;
+    let config = socket_config();
+    let pipe = std::io::Cursor::new(bytes.to_vec());
+    let mut socket = WebSocket::from_raw_socket(pipe, Role::Server, Some(config));
+    while let Ok(message) = socket.read() {
+        assert!(message.len() <= MAX_MESSAGE_BYTES, "a limit is kept");
+    }
+}
+
+fn socket_config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .max_message_size(Some(MAX_MESSAGE_BYTES))
+        .max_frame_size(Some(MAX_MESSAGE_BYTES))
+}
+
+pub(super) fn handshake(target: &StreamTarget) -> Result<(Protocol, Vec<Header>), StreamError> {
     let key = process::header(&target.headers, "sec-websocket-key")
         .ok_or_else(|| StreamError::bad_request("the WebSocket upgrade has no Sec-WebSocket-Key"))?;
     let offered = process::list(&target.headers, "sec-websocket-protocol");

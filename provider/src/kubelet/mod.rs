@@ -58,3 +58,5 @@ pub trait PodDirectory: Send + Sync + 'static {
     /// The pod, when it is bound to a site.
     fn locate(&self, namespace: &str, pod: &str) -> Option<PodLocation>;
 }
+
+pub(crate) use upgrade::any_ready;

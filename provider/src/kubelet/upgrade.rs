@@ -68,10 +68,23 @@ fn response(status: StatusCode, ready: TunnelReady, body: Body) -> Response<Body
             && name != http::header::CONTENT_LENGTH
             && name != http::header::TRANSFER_ENCODING
         {
-            response.headers_mut().append(name, value);
+            // A map that is full refuses: a site with ten thousands of headers must not end this task.
+            if response.headers_mut().try_append(name, value).is_err() {
+                break;
+            }
         }
     }
     response
+}
+
+/// The head that a site's answer makes, for hostile bytes.
+pub(crate) fn any_ready(ready: &TunnelReady) -> usize {
+    let status = u16::try_from(ready.status).ok();
+    let status = status.and_then(|status| StatusCode::from_u16(status).ok());
+    let status = status.unwrap_or(StatusCode::BAD_GATEWAY);
+    response(status, ready.clone(), full(Bytes::new()))
+        .headers()
+        .len()
 }
 
 async fn text(mut tunnel: Tunnel) -> Bytes {

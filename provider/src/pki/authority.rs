@@ -252,8 +252,7 @@ impl Authority {
     /// Issues a certificate for a site. Takes the public key from the request, whose signature is checked, and nothing
     /// else.
     pub fn issue_site(&self, csr_der: &[u8], site: &SiteName, uid: &Uid) -> Result<Issued, AuthorityError> {
-        let request =
-            CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))?;
+        let request = read_request(csr_der)?;
         let id = SpiffeId::Site(self.inner.domain.clone(), site.clone());
         let (mut params, serial, not_after) =
             self.leaf(&id, site.as_str(), ExtendedKeyUsagePurpose::ClientAuth)?;
@@ -410,6 +409,21 @@ impl Authority {
 }
 
 /// The Site's UID in a certificate's subject, and when the certificate expires.
+/// Reads a certificate request and checks its signature.
+pub(crate) fn read_request(csr_der: &[u8]) -> Result<CertificateSigningRequestParams, rcgen::Error> {
+    CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))
+}
+
+/// A request as an edge makes it; empty where no key can be made.
+pub(crate) fn sample_request() -> Vec<u8> {
+    let make = || {
+        let key = rcgen::KeyPair::generate()?;
+        let request = CertificateParams::default().serialize_request(&key)?;
+        Ok::<_, rcgen::Error>(request.der().to_vec())
+    };
+    make().unwrap_or_default()
+}
+
 fn site_uid(leaf: &[u8]) -> Option<(Uid, Timestamp)> {
     let (_, certificate) = x509_parser::parse_x509_certificate(leaf).ok()?;
     let oid = x509_parser::oid_registry::OID_X509_SERIALNUMBER;

@@ -14,4 +14,5 @@ mod enrolment;
 pub mod tokens;
 
 pub use authority::{Authority, AuthorityError, CA_SECRET, InvalidPeer, Issued, Names, SitePeer};
+pub(crate) use authority::{read_request, sample_request};
 pub use enrolment::{EnrolmentService, renew};

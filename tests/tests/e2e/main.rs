@@ -14,6 +14,7 @@ mod enrolment;
 mod images;
 mod kubelet_api;
 mod lifecycle;
+mod local;
 mod parallel;
 mod pods;
 mod policies;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         details::scenarios(),
         static_pods::scenarios(),
         store::scenarios(),
+        local::scenarios(),
         enrolment::scenarios(),
         lifecycle::scenarios(),
         pods::scenarios(),

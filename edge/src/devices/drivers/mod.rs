@@ -5,6 +5,8 @@
 
 pub(crate) mod modbus;
 
+pub(crate) use modbus::any_answer as any_modbus_answer;
+
 use std::time::Duration;
 
 use async_trait::async_trait;

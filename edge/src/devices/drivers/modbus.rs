@@ -150,6 +150,41 @@ impl Driver for Modbus {
     }
 }
 
+/// Reads registers from a server that answers with any bytes and then closes.
+pub(crate) fn any_answer(bytes: &[u8]) {
+    use tokio::io::AsyncWriteExt;
+    /// What the pipe holds without a reader.
+    const MOST: usize = 4096;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build();
+    let Ok(runtime) = runtime else { return };
+    runtime.block_on(async {
+        let (ours, mut theirs) = tokio::io::duplex(MOST);
+        // Neither blocks: the pipe is new and has room.
+        let _ = theirs.write_all(&bytes[..bytes.len().min(MOST)]).await;
+        let _ = theirs.shutdown().await;
+        let mut modbus = Modbus::new(Endpoint {
+            host: "server".to_owned(),
+            port: 502,
+        });
+        modbus.context = Some(tcp::attach(ours));
+        let address = |table| ModbusAddress {
+            table,
+            address: 0,
+            count: 2,
+        };
+        let batch = Batch {
+            unit: 1,
+            timeout: Duration::from_secs(1),
+            addresses: vec![address(ModbusTable::Holding), address(ModbusTable::Coil)],
+        };
+        if let Ok(answers) = modbus.read(&batch).await {
+            assert_eq!(answers.len(), batch.addresses.len(), "an answer for each address");
+        }
+    });
+}
+
 fn refusal(code: ExceptionCode, address: ModbusAddress) -> PointError {
     use ExceptionCode::{IllegalDataAddress, IllegalDataValue, IllegalFunction};
     let (reason, remedy) = match code {

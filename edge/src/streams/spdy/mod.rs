@@ -59,6 +59,31 @@ enum Kind {
     Resize,
 }
 
+/// Takes any bytes as a client's, in two pieces.
+pub(super) fn decode_any(bytes: &[u8]) {
+    let mut decoder = Decoder::new();
+    let (first, second) = bytes.split_at(bytes.len() / 3);
+    for piece in [first, second] {
+        decoder.push(piece);
+        while let Ok(Some(frame)) = decoder.next() {
+            if let Frame::SynStream { headers, .. } = frame {
+                let kind = headers.iter().find_map(|(_, value)| Kind::parse(value));
+                debug_assert!(kind.is_none() || !headers.is_empty());
+            }
+        }
+    }
+}
+
+/// Frames to begin with.
+pub(super) fn seeds() -> Vec<Vec<u8>> {
+    let block = headers::Encoder::new().and_then(|mut encoder| encoder.encode(&[("streamtype", "stdin")]));
+    let block = block.unwrap_or_default();
+    vec![
+        frame::syn_reply(1, &block).to_vec(),
+        [frame::ping(2), frame::data(1, true, b"text"), frame::goaway(1)].concat(),
+    ]
+}
+
 impl Kind {
     fn parse(text: &str) -> Option<Self> {
         Some(match text {
