@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{Container, EnvVar, Pod, ResourceFieldSelector, Service};
+use k8s_openapi::api::core::v1::{
+    Container, EnvVar, Pod, ResourceFieldSelector, ResourceRequirements, Service,
+};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use super::objects::Objects;
@@ -213,10 +215,16 @@ pub(crate) fn resource_value(
     let resources = container.resources.as_ref();
     let found = match list {
         "limits" => {
+            // What has no limit, or none to speak of, has the pod's, and that failing the node's.
+            let limit = |r: Option<&ResourceRequirements>| {
+                let limit = r?.limits.as_ref()?.get(resource)?;
+                quantity::milli(limit)
+                    .is_some_and(|n| n > 0)
+                    .then(|| limit.clone())
+            };
+            let pod = || limit(facts.pod.spec.as_ref()?.resources.as_ref());
             let node = || facts.objects.node()?.status?.allocatable?.get(resource).cloned();
-            resources
-                .and_then(|r| r.limits.as_ref()?.get(resource).cloned())
-                .or_else(node)
+            limit(resources).or_else(pod).or_else(node)
         }
         "requests" => resources.and_then(|r| r.requests.as_ref()?.get(resource).cloned()),
         _ => {

@@ -28,9 +28,18 @@ impl Objects for Fixed {
 }
 
 fn resolve(container: serde_json::Value, objects: &Fixed) -> Result<Vec<(String, String)>, ConfigError> {
+    resolve_in(json!({}), container, objects)
+}
+
+/// The same in a pod with resources of its own.
+fn resolve_in(
+    resources: serde_json::Value,
+    container: serde_json::Value,
+    objects: &Fixed,
+) -> Result<Vec<(String, String)>, ConfigError> {
     let mut container = container;
     container["name"] = json!("c");
-    let pod = pod(json!({"nodeName": "n", "containers": [container]}));
+    let pod = pod(json!({"nodeName": "n", "resources": resources, "containers": [container]}));
     let facts = Facts {
         pod: &pod,
         host_ip: "10.0.0.1".parse().ok(),
@@ -92,6 +101,18 @@ fn fields_and_resources_resolve() {
         values,
         ["p", "x", "n", "10.0.0.1", "2", "1500", "10", "1073741824"]
     );
+}
+
+#[test]
+fn a_limit_that_the_container_lacks_is_the_pod_s_and_then_the_node_s() {
+    let resource = |r: &str| json!({"name": r, "valueFrom": {"resourceFieldRef": {"resource": r}}});
+    let vars = resolve_in(
+        json!({"limits": {"cpu": "3", "memory": "64Mi"}}),
+        json!({"resources": {"limits": {"memory": "0"}}, "env": [resource("limits.cpu"), resource("limits.memory")]}),
+        &Fixed::default(),
+    );
+    let values: Vec<_> = vars.unwrap().into_iter().map(|(_, v)| v).collect();
+    assert_eq!(values, ["3", "67108864"]);
 }
 
 #[test]

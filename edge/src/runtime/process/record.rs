@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
@@ -206,7 +207,10 @@ pub(super) fn boot_id() -> String {
 
 /// Writes a record so that a reader sees the old one or the new one, and a power cut loses neither.
 pub(super) fn write<T: Serialize>(dir: &Path, file: &str, value: &T) -> io::Result<()> {
-    let temporary = dir.join(format!(".{file}.{}", std::process::id()));
+    // Two threads may write the same record: each into a file of its own.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    let number = WRITES.fetch_add(1, Ordering::Relaxed);
+    let temporary = dir.join(format!(".{file}.{}.{number}", std::process::id()));
     let mut out = fs::File::create(&temporary)?;
     out.write_all(&serde_json::to_vec(value)?)?;
     out.sync_all()?;
@@ -245,6 +249,29 @@ mod tests {
             }
             .is_alive()
         );
+    }
+
+    #[test]
+    fn records_written_at_the_same_time_are_each_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let exit = |length: usize| ExitRecord {
+            code: 255,
+            started_at: None,
+            finished_at: jiff::Timestamp::UNIX_EPOCH,
+            reason: "Unknown".into(),
+            message: "x".repeat(length),
+        };
+        std::thread::scope(|scope| {
+            for length in [1, 5000, 100, 20_000] {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    for _ in 0..20 {
+                        write(dir, "exit.json", &exit(length)).unwrap();
+                        assert!(read::<ExitRecord>(dir, "exit.json").unwrap().is_some());
+                    }
+                });
+            }
+        });
     }
 
     #[test]

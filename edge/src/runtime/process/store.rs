@@ -27,6 +27,8 @@ pub(super) struct Store {
     root: PathBuf,
     boot_id: String,
     cache: Mutex<Cache>,
+    /// Held while an end is recorded that nobody saw: two lists at the same time must tell the same.
+    recording: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -51,6 +53,7 @@ impl Store {
             root,
             boot_id: record::boot_id(),
             cache: Mutex::default(),
+            recording: Mutex::default(),
         })
     }
 
@@ -289,24 +292,23 @@ impl Store {
             .as_ref()
             .is_some_and(|r| r.boot_id == self.boot_id && (r.process.is_alive() || r.shim.is_alive()));
         match (record::read::<ExitRecord>(dir, files::EXIT), run) {
-            (Ok(Some(exit)), _) => ContainerState::Exited {
-                started_at: exit.started_at,
-                finished_at: exit.finished_at,
-                code: exit.code,
-                reason: exit.reason,
-                message: exit.message,
-            },
-            (Err(_), _) => ContainerState::Unknown,
+            (Ok(Some(exit)), _) => exit.into(),
             (Ok(None), None) => ContainerState::Created,
             (Ok(None), Some(run)) if alive => ContainerState::Running {
                 started_at: run.started_at,
             },
-            (Ok(None), Some(run)) => self.lost(dir, &run),
+            // A garbled end is an end all the same: what is known to be dead need not be stopped for ever.
+            (Ok(None) | Err(_), Some(run)) if !alive => self.lost(dir, &run),
+            (Ok(None) | Err(_), _) => ContainerState::Unknown,
         }
     }
 
     /// Records the end of a container that nobody saw end, so that its time stays the same in every list.
     fn lost(&self, dir: &Path, run: &RunRecord) -> ContainerState {
+        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(Some(exit)) = record::read::<ExitRecord>(dir, files::EXIT) {
+            return exit.into();
+        }
         let message = if run.boot_id == self.boot_id {
             "its supervisor was killed: the exit code is lost"
         } else {
@@ -322,7 +324,13 @@ impl Store {
         if let Err(error) = record::write(dir, files::EXIT, &exit) {
             tracing::warn!(dir = %dir.display(), %error, "cannot record the end of a container");
         }
-        ContainerState::Exited {
+        exit.into()
+    }
+}
+
+impl From<ExitRecord> for ContainerState {
+    fn from(exit: ExitRecord) -> Self {
+        Self::Exited {
             started_at: exit.started_at,
             finished_at: exit.finished_at,
             code: exit.code,
@@ -339,5 +347,40 @@ fn remove_dir(dir: &Path) -> Result<(), RuntimeError> {
             dir.display()
         ))),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_lost_container_is_the_same_for_everybody_even_when_its_record_was_garbled() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let container = dir.path().join("containers/c");
+        fs::create_dir(&container).unwrap();
+        let run = serde_json::json!({
+            "shim": {"pid": 1, "startTicks": 0}, "process": {"pid": 1, "startTicks": 0}, "bootId": "another",
+            "startedAt": "2026-01-02T03:04:05Z", "userNamespace": false, "mountNamespace": true, "cgroups": [], "notes": [],
+        });
+        fs::write(container.join(files::RUN), run.to_string()).unwrap();
+        for garbled in [None, Some("{\"code\":255}}")] {
+            if let Some(text) = garbled {
+                fs::write(container.join(files::EXIT), text).unwrap();
+            }
+            let states: Vec<ContainerState> = std::thread::scope(|scope| {
+                let look = |_| scope.spawn(|| store.state(&container));
+                let looks: Vec<_> = (0..8).map(look).collect();
+                looks.into_iter().map(|look| look.join().unwrap()).collect()
+            });
+            assert!(
+                matches!(states[0], ContainerState::Exited { code: 255, .. }),
+                "{:?}",
+                states[0]
+            );
+            assert!(states.iter().all(|state| *state == states[0]), "{states:?}");
+            assert_eq!(store.state(&container), states[0]);
+        }
     }
 }
