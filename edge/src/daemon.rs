@@ -3,7 +3,6 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use prometheus_client::registry::Registry;
 use skerry_proto::SiteName;
@@ -11,16 +10,16 @@ use skerry_proto::device::Defaults;
 use skerry_proto::link::Kind;
 use skerry_proto::object::Uid;
 use skerry_telemetry::http::{Endpoints, ListenError};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::autonomy;
-use crate::clock::SystemClock;
+use crate::clock::{Clock, HouseClock, SystemClock};
 use crate::config::{Config, ConfigError, RuntimeKind};
 use crate::devices::{self, Devices};
 use crate::eviction::{self, Pressure};
-use crate::identity::{Dialer, Identity, IdentityError, renew_loop};
+use crate::identity::{Dialer, Identity, IdentityError, Renewer, TrustedTime};
 use crate::images;
 use crate::inspect::{ConfigFacts, Inspect, kubelet_configuration};
 use crate::link::{Deferring, Dial, Gate, Greeting, Link, boot_id};
@@ -84,12 +83,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     let runtime = runtime(&config, site.as_str(), &kubelet_registry)?;
     tracing::info!(%site, %provider, runtime = runtime.scheme(), data_dir = %config.data_dir.display(), "the site is starting");
 
+    let time = Arc::new(TrustedTime::stored(&store, &identity, Arc::new(SystemClock))?);
+    let clock = HouseClock::stored(&store, &boot_id(), Arc::new(SystemClock), Arc::clone(&time))?;
+    let clock: Arc<dyn Clock> = Arc::new(clock);
+    let urge = Arc::new(Notify::new());
     let (identity_sender, identity) = watch::channel(Arc::new(identity));
-    let dial: Arc<dyn Dial> = Arc::new(
-        Dialer::new(&provider, identity.clone())
-            .map_err(ConfigError::Value)?
-            .through(config.proxies.clone()),
-    );
+    let dialer = Dialer::new(&provider, identity.clone())
+        .map_err(ConfigError::Value)?
+        .through(config.proxies.clone())
+        .telling(Arc::clone(&time), Arc::clone(&urge));
+    let dial: Arc<dyn Dial> = Arc::new(dialer);
     let pods = Pods::new(
         PodsConfig {
             node_name: site.to_string(),
@@ -110,7 +113,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         },
         store.clone(),
         Arc::clone(&runtime),
-        Arc::new(SystemClock),
+        Arc::clone(&clock),
     );
     let stats = Stats::new(
         StatsConfig {
@@ -157,7 +160,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         Arc::clone(&metrics),
     );
     let link = Arc::new(link.with_bulk(config.bulk.clone()));
-    let endpoints = endpoints(&metrics, &pods, &store, &identity);
+    let endpoints = endpoints(&metrics, &pods, &store, &identity, &time);
     let (address, metrics_task) =
         skerry_telemetry::http::serve(config.metrics_listen, endpoints, stop.clone()).await?;
     tracing::info!(metrics = %address, "health and metrics are served");
@@ -170,7 +173,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             needs: Arc::new(pods.clone()),
             store: store.clone(),
             events: pods.node_events(),
-            clock: Arc::new(SystemClock),
+            clock: Arc::clone(&clock),
         },
     );
     let mut rooms = JoinSet::new();
@@ -183,14 +186,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             pods: pods.clone(),
             events: pods.node_events(),
             metrics: Arc::clone(&metrics),
-            clock: Arc::new(SystemClock),
+            clock: Arc::clone(&clock),
         };
         rooms.spawn(Manifests::open(files, deps).await.run(stop.clone()));
     }
     rooms.spawn(manifests::mirror::run(
         store.clone(),
         pods.statics(),
-        Arc::new(SystemClock),
+        Arc::clone(&clock),
         link.status(),
         stop.clone(),
     ));
@@ -217,7 +220,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     rooms.spawn(rotation::run(
         config.duties.logs,
         Arc::clone(&runtime),
-        Arc::new(SystemClock),
+        Arc::clone(&clock),
         stop.clone(),
     ));
     rooms.spawn(node::run(
@@ -229,6 +232,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
             boot_id: boot_id(),
             pressure: pressure_seen,
             going: going_seen,
+            time: Arc::clone(&time),
             events: pods.node_events(),
         },
         store.clone(),
@@ -239,19 +243,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     rooms.spawn(Devices::run(
         devices::Deps {
             store: Arc::new(store.clone()),
-            clock: Arc::new(SystemClock),
+            clock: Arc::clone(&clock),
             defaults: Defaults {
                 modbus: config.modbus_endpoint.clone(),
             },
         },
         stop.clone(),
     ));
-    rooms.spawn(renew_loop(
-        config.data_dir.clone(),
-        identity_sender,
+    let renewer = Renewer {
+        data_dir: config.data_dir.clone(),
+        identity: identity_sender,
         dial,
-        stop.clone(),
-    ));
+        time,
+        urge,
+    };
+    rooms.spawn(renewer.run(stop.clone()));
     rooms.spawn(local::serve(
         config.data_dir.clone(),
         Local {
@@ -399,8 +405,10 @@ fn endpoints(
     pods: &Pods,
     store: &Store,
     identity: &watch::Receiver<Arc<Identity>>,
+    time: &Arc<TrustedTime>,
 ) -> Endpoints {
     let (shown, store, identity) = (Arc::clone(metrics), store.clone(), identity.clone());
+    let time = Arc::clone(time);
     let summary = pods.summary();
     Endpoints {
         registry: Arc::clone(&metrics.registry),
@@ -417,7 +425,8 @@ fn endpoints(
             }
         }),
         refresh: Arc::new(move || {
-            shown.set_certificate(identity.borrow().not_after.as_second() - Timestamp::now().as_second());
+            shown.set_skew(time.skew());
+            shown.set_certificate(identity.borrow().not_after.as_second() - time.now().as_second());
             let (outbox, pods) = (
                 store.outbox_len().unwrap_or(0),
                 store.count(Kind::Pod).unwrap_or(0),

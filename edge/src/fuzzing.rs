@@ -30,6 +30,7 @@ pub const TARGETS: [Target; 10] = [
                 certificates_der: vec![vec![0x30, 0x82, 1, 0x0a, 0x30, 3, 2, 1, 1].into()],
                 roots_der: vec![vec![0x30, 0].into()],
                 trust_domain: "skerry.local".to_owned(),
+                waiting_key: String::new(),
             };
             vec![answer.encode_to_vec()]
         },

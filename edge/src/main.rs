@@ -130,6 +130,11 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
                 token,
                 data_dir: config.data_dir,
                 force,
+                waits: |site, key| {
+                    println!(
+                        "This machine waits for its approval. Its key is {key}. In the cluster: skerry-provider approve {site} {key}"
+                    );
+                },
             })
             .await?;
             println!("This machine is now site {site}. Start it with: skerry-edge run");

@@ -75,6 +75,7 @@ pub struct Metrics {
     saturated: Gauge,
     shed: Gauge,
     certificate: Gauge<f64, std::sync::atomic::AtomicU64>,
+    skew: Gauge<f64, std::sync::atomic::AtomicU64>,
     dropped: Family<DropLabels, Counter>,
     outbox_bytes: Family<LaneLabels, Gauge>,
     store_written: Counter,
@@ -133,6 +134,12 @@ impl Metrics {
             "kubeedge_certificate_expiry_days",
             "Days until the site's certificate expires, negative when it has",
             certificate.clone(),
+        );
+        let skew = Gauge::<f64, std::sync::atomic::AtomicU64>::default();
+        registry.register(
+            "skerry_clock_skew_seconds",
+            "How far this machine's clock is ahead of the provider's, negative when behind; 0 before the first contact",
+            skew.clone(),
         );
         let dropped = Family::<DropLabels, Counter>::default();
         registry.register(
@@ -200,6 +207,7 @@ impl Metrics {
             saturated,
             shed,
             certificate,
+            skew,
             dropped,
             outbox_bytes,
             store_written,
@@ -260,6 +268,11 @@ impl Metrics {
     pub fn set_certificate(&self, seconds_left: i64) {
         #[allow(clippy::cast_precision_loss)]
         self.certificate.set(seconds_left as f64 / 86_400.0);
+    }
+
+    /// Notes how far the local clock is ahead.
+    pub fn set_skew(&self, ahead: Option<jiff::SignedDuration>) {
+        self.skew.set(ahead.unwrap_or_default().as_secs_f64());
     }
 
     /// Counts a tunnel until the answer is dropped.

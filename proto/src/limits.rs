@@ -36,3 +36,7 @@ pub const TUNNEL_CHUNK_BYTES: usize = 32 * 1024;
 
 /// Largest answer to a query, packed or not: measurements of a node with several hundred containers.
 pub const MAX_QUERY_ANSWER_BYTES: usize = 16 * 1024 * 1024;
+
+/// A certificate of Skerry's CA is valid this long before it is made, for clocks that are behind. Who sees one that was
+/// made a moment ago so knows the CA's time.
+pub const CERTIFICATE_BACKDATE: std::time::Duration = std::time::Duration::from_secs(300);

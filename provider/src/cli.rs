@@ -44,6 +44,37 @@ pub enum Command {
         #[command(subcommand)]
         action: TokenAction,
     },
+    /// Approve the machine that waits to become a Site whose spec.enrolment.approval is Manual
+    Approve {
+        /// Where the cluster is.
+        #[command(flatten)]
+        settings: Box<TokenSettings>,
+        /// The Site.
+        site: SiteName,
+        /// Key of the machine, as skerry-edge join shows it there; its first 8 digits are enough
+        key: String,
+    },
+    /// Replace the CA of the sites: rotate, wait until no site needs the old one, retire it
+    Ca {
+        /// Where the cluster is.
+        #[command(flatten)]
+        settings: Box<TokenSettings>,
+        /// What to do.
+        #[command(subcommand)]
+        action: CaAction,
+    },
+    /// Revoke a site's certificates: its session ends at once, and it must join again with a new token
+    Revoke {
+        /// Where the cluster is.
+        #[command(flatten)]
+        settings: Box<TokenSettings>,
+        /// The Site.
+        site: SiteName,
+        /// Only the certificate with this number, for example of a stolen copy (status.certificate.serial, and the
+        /// events of the Site) [default: all that were made until now]
+        #[arg(long, value_name = "HEX")]
+        serial: Option<String>,
+    },
     /// Print a completion script for a shell
     Completion {
         /// bash, zsh, fish, elvish or powershell
@@ -74,6 +105,22 @@ impl From<TokenSettings> for Settings {
             ..Self::default()
         }
     }
+}
+
+/// What can be done with the CA.
+#[derive(Subcommand, Debug)]
+pub enum CaAction {
+    /// Make a new CA. The old one stays trusted; sites that are connected get new certificates within minutes, the others
+    /// when they come back
+    Rotate,
+    /// Show the CAs, and which sites still need the old one
+    Status,
+    /// Withdraw the old CA, if no site needs it any more
+    Retire {
+        /// Also if there are such sites: they must join again with new tokens
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 /// What can be done with join tokens.

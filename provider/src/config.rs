@@ -10,6 +10,7 @@ use skerry_proto::{CRITICAL_PRIORITY, TrustDomain};
 use skerry_telemetry::config;
 
 use crate::link::{Timing, Timings};
+use crate::pki::{GRACE, LEAF_LIFE};
 
 pub use skerry_telemetry::config::ConfigError;
 
@@ -76,6 +77,14 @@ pub struct Settings {
     /// Priority from which on a pod is of class critical, unless it names its class [default: 1000000000]
     #[arg(long, env = "SKERRY_CRITICAL_PRIORITY", value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
     pub critical_priority: Option<i32>,
+    /// Life of the certificates of sites and of the provider itself, in days; each is renewed after two thirds of it
+    /// [default: 90]
+    #[arg(long, env = "SKERRY_CERTIFICATE_DAYS", value_name = "DAYS", value_parser = clap::value_parser!(u64).range(1..=825))]
+    pub certificate_days: Option<u64>,
+    /// How long after its end the certificate of a site that was away may still be renewed by the site itself, in
+    /// days; later the site must join again [default: 180]
+    #[arg(long, env = "SKERRY_EXPIRED_GRACE_DAYS", value_name = "DAYS", value_parser = clap::value_parser!(u64).range(0..=3650))]
+    pub expired_grace_days: Option<u64>,
     /// What is logged, for example info,skerry_provider=debug [default: info]
     #[arg(long, env = "SKERRY_LOG", value_name = "FILTER", global = true)]
     pub log: Option<String>,
@@ -109,6 +118,10 @@ pub struct Config {
     pub metrics_listen: SocketAddr,
     /// What each class of site means for its link.
     pub timings: Timings,
+    /// See [`Settings::certificate_days`].
+    pub certificate_life: std::time::Duration,
+    /// See [`Settings::expired_grace_days`].
+    pub expired_grace: std::time::Duration,
     /// See [`Settings::log`].
     pub log: String,
     /// See [`Settings::log_format`].
@@ -153,6 +166,8 @@ impl Settings {
                 .best_effort_deadline_seconds
                 .or(file.best_effort_deadline_seconds),
             critical_priority: self.critical_priority.or(file.critical_priority),
+            certificate_days: self.certificate_days.or(file.certificate_days),
+            expired_grace_days: self.expired_grace_days.or(file.expired_grace_days),
             log: self.log.or(file.log),
             log_format: self.log_format.or(file.log_format),
         }
@@ -200,6 +215,8 @@ impl Settings {
             node_address: self.node_address,
             metrics_listen: self.metrics_listen.unwrap_or(any(9440)),
             timings,
+            certificate_life: days("certificate-days", self.certificate_days, LEAF_LIFE, 1..=825)?,
+            expired_grace: days("expired-grace-days", self.expired_grace_days, GRACE, 0..=3650)?,
             log: self.log.unwrap_or_else(|| "info".to_owned()),
             log_format: format
                 .parse()
@@ -224,6 +241,24 @@ fn timing(
         )));
     }
     Ok(Timing::seconds(heartbeat, deadline))
+}
+
+/// The range is also checked here, since the file is not read by clap.
+fn days(
+    name: &str,
+    given: Option<u64>,
+    default: std::time::Duration,
+    range: RangeInclusive<u64>,
+) -> Result<std::time::Duration, ConfigError> {
+    match given {
+        None => Ok(default),
+        Some(days) if range.contains(&days) => Ok(std::time::Duration::from_secs(days * 86_400)),
+        Some(days) => Err(ConfigError::Value(format!(
+            "{name} ({days}) must be from {} to {}",
+            range.start(),
+            range.end()
+        ))),
+    }
 }
 
 fn node_ports(text: &str) -> Result<Option<RangeInclusive<u16>>, ConfigError> {
@@ -333,6 +368,8 @@ mod tests {
             .is_err()
         );
         assert!(resolve("trust-domain = 'Not Valid'\n", Settings::default()).is_err());
+        assert!(resolve("certificate-days = 0\n", Settings::default()).is_err());
+        assert!(resolve("expired-grace-days = 4000\n", Settings::default()).is_err());
         assert!(
             resolve("", Settings::default())
                 .unwrap()

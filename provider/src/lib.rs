@@ -3,6 +3,7 @@
 //! One room per folder; `docs/architecture.md` is the map. [`server::run`] wires them together.
 
 pub mod cli;
+pub mod clock;
 pub mod cluster;
 pub mod config;
 pub mod devices;

@@ -7,10 +7,11 @@ use clap::Parser;
 use futures::StreamExt;
 use jiff::Timestamp;
 use skerry_proto::SiteName;
-use skerry_provider::cli::{Cli, Command, TokenAction, completion};
+use skerry_provider::cli::{CaAction, Cli, Command, TokenAction, completion};
 use skerry_provider::config::{Config, ConfigError, Settings};
+use skerry_provider::pki::rotation::{self, RotationError};
 use skerry_provider::pki::tokens::{self, TokenError};
-use skerry_provider::pki::{Authority, AuthorityError};
+use skerry_provider::pki::{ApproveError, Authority, AuthorityError, RevokeError, approve, revoke};
 use skerry_provider::server::{self, ServerError};
 use skerry_telemetry::shutdown;
 
@@ -42,6 +43,12 @@ enum Failure {
     Authority(#[from] AuthorityError),
     #[error(transparent)]
     Token(#[from] TokenError),
+    #[error(transparent)]
+    Revoke(#[from] RevokeError),
+    #[error(transparent)]
+    Approve(#[from] ApproveError),
+    #[error(transparent)]
+    Rotation(#[from] RotationError),
     #[error("there is no join token {0}")]
     NoToken(String),
     #[error("the names of sites in {file} cannot be read: {source}")]
@@ -59,7 +66,12 @@ impl Failure {
             | Self::Server(ServerError::Config(_))
             | Self::Names { .. }
             | Self::Name { .. } => 2,
-            Self::NoToken(_)
+            Self::Approve(
+                ApproveError::NoSite(_) | ApproveError::Nobody(_) | ApproveError::OtherKey { .. },
+            )
+            | Self::Revoke(RevokeError::NoSite(_))
+            | Self::Rotation(RotationError::UnderWay | RotationError::Nothing | RotationError::Needed(_))
+            | Self::NoToken(_)
             | Self::Token(TokenError::NoSite(_) | TokenError::Unknown(_) | TokenError::OtherSite(_)) => 3,
             _ => 1,
         }
@@ -75,11 +87,57 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
             Ok(server::run(config, shutdown::on_signal()).await?)
         }
         Command::Token { settings, action } => token(&resolve((*settings).into())?, action).await,
+        Command::Ca { settings, action } => ca(&resolve((*settings).into())?, action).await,
+        Command::Approve { settings, site, key } => {
+            let config = resolve((*settings).into())?;
+            let client = server::client(config.kubeconfig.as_deref(), None).await?;
+            let key = approve(&client, &site, &key).await?;
+            println!("The machine with the key {key} becomes Site {site} in a moment.");
+            Ok(())
+        }
+        Command::Revoke {
+            settings,
+            site,
+            serial,
+        } => {
+            let config = resolve((*settings).into())?;
+            let client = server::client(config.kubeconfig.as_deref(), None).await?;
+            revoke(&client, &site, serial.as_deref(), Timestamp::now()).await?;
+            println!("Revoked. To let the site in again: skerry-provider token create {site}");
+            Ok(())
+        }
         Command::Completion { shell } => {
             completion(shell);
             Ok(())
         }
     }
+}
+
+async fn ca(config: &Config, action: CaAction) -> Result<(), Failure> {
+    let client = server::client(config.kubeconfig.as_deref(), None).await?;
+    let desk = rotation::Desk {
+        client,
+        namespace: config.namespace.clone(),
+        domain: config.trust_domain.clone(),
+    };
+    match action {
+        CaAction::Rotate => {
+            let id = desk.rotate(Timestamp::now()).await?;
+            println!(
+                "The new CA is {id}. Sites get new certificates now, or when they come back: skerry-provider ca status"
+            );
+        }
+        CaAction::Status => print!("{}", desk.status().await?),
+        CaAction::Retire { force } => {
+            for site in desk.retire(force).await? {
+                println!(
+                    "{site} is cut off: skerry-provider token create {site}, and join again with --force"
+                );
+            }
+            println!("The old CA is withdrawn.");
+        }
+    }
+    Ok(())
 }
 
 async fn token(config: &Config, action: TokenAction) -> Result<(), Failure> {

@@ -1,7 +1,7 @@
 //! The provider's metrics.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -82,6 +82,8 @@ pub struct Metrics {
     serving_expiry: Gauge,
     requests: Family<RequestLabels, Histogram, fn() -> Histogram>,
     certificates: Family<CertificateLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    /// Sites among `certificates`.
+    site_certificates: Mutex<BTreeSet<String>>,
     /// Sessions begun since the start.
     pub sessions: Counter,
     /// Sites that were told to come back later, because too many came at once.
@@ -209,6 +211,7 @@ impl Metrics {
             serving_expiry,
             requests,
             certificates,
+            site_certificates: Mutex::default(),
             sessions,
             link_shed,
             link_refused,
@@ -322,6 +325,24 @@ impl Metrics {
             code: code.to_string(),
         };
         self.requests.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// Notes how many seconds the certificates of all sites are still good; negative when they have expired.
+    pub fn set_site_certificates<'a>(&self, all: impl IntoIterator<Item = (&'a SiteName, i64)>) {
+        let mut known = self
+            .site_certificates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut gone = std::mem::take(&mut *known);
+        for (site, left) in all {
+            let name = format!("site/{site}");
+            self.set_certificate(&name, left);
+            gone.remove(&name);
+            known.insert(name);
+        }
+        for certificate in gone {
+            self.certificates.remove(&CertificateLabels { certificate });
+        }
     }
 
     /// Notes when a certificate expires.

@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceBuilder;
 
+use crate::clock::SystemClock;
 use crate::cluster::{self, Mirror};
 use crate::config::{Config, ConfigError};
 use crate::devices;
@@ -39,7 +40,8 @@ use crate::metrics::Metrics;
 use crate::node::status::KubeletAddress;
 use crate::node::{self, NodeDeps, NodeWrites};
 use crate::pace::Pace;
-use crate::pki::{Authority, AuthorityError, EnrolmentService, Names};
+use crate::pki::rotation;
+use crate::pki::{Authority, AuthorityError, EnrolmentService, Names, Renewals, SiteEvents, SiteLedger};
 use crate::pods;
 
 /// How long sites get to read their goodbye.
@@ -151,7 +153,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
     let ports = Arc::new(ports);
     let metrics = Arc::new(Metrics::new());
     let client = client(config.kubeconfig.as_deref(), Some(Arc::clone(&metrics))).await?;
-    let authority = Authority::load_or_create(&client, &config.namespace, &config.trust_domain).await?;
+    let authority = Authority::load_or_create(&client, &config.namespace, &config.trust_domain)
+        .await?
+        .with_life(config.certificate_life);
     let mirror = Arc::new(Mirror::new());
     let sessions = Sessions::new(Timestamp::now());
     let tunnels = Tunnels::new(Arc::new(sessions.clone()));
@@ -208,7 +212,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         mirror: Arc::clone(&mirror),
         sessions: sessions.clone(),
         tunnels: tunnels.clone(),
-        authority: authority.clone(),
+        renewals: Renewals {
+            authority: authority.clone(),
+            ledger: Arc::new(SiteLedger(client.clone())),
+            audit: Arc::new(SiteEvents::new(client.clone())),
+            clock: Arc::new(SystemClock),
+            grace: config.expired_grace,
+        },
         reports: Arc::new(Reports::new(sink)),
         arrivals,
         timings: config.timings,
@@ -231,6 +241,18 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         reviews: Arc::new(KubeReviews::new(client.clone())),
     };
     let mut rooms = JoinSet::new();
+    rooms.spawn(rotation::tend(
+        rotation::Tending {
+            client: client.clone(),
+            namespace: config.namespace.clone(),
+            authority: authority.clone(),
+            mirror: Arc::clone(&mirror),
+            sessions: sessions.clone(),
+            audit: Arc::new(SiteEvents::new(client.clone())),
+            metrics: Arc::clone(&metrics),
+        },
+        stop.clone(),
+    ));
     rooms.spawn(kubelet::ports::run(ports, Arc::clone(&mirror), stop.clone()));
     rooms.spawn(cluster::run(client.clone(), Arc::clone(&mirror), stop.clone()));
     rooms.spawn(node::run(node_deps, stop.clone()));
@@ -338,7 +360,7 @@ fn endpoints(
 ) -> Endpoints {
     let tunnels = tunnels.clone();
     let (mirror, shown) = (Arc::clone(mirror), Arc::clone(metrics));
-    let ca = authority.not_after();
+    let authority = authority.clone();
     Endpoints {
         registry: Arc::clone(&metrics.registry),
         ready: Arc::new(move || {
@@ -350,7 +372,10 @@ fn endpoints(
         }),
         refresh: Arc::new(move || {
             shown.set_tunnels(tunnels.by_site());
-            shown.set_certificate("ca", ca.as_second() - Timestamp::now().as_second());
+            shown.set_certificate(
+                "ca",
+                authority.not_after().as_second() - Timestamp::now().as_second(),
+            );
         }),
     }
 }

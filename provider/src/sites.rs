@@ -18,6 +18,12 @@ pub fn resource() -> ApiResource {
     }
 }
 
+/// A declared Site; `None` when it is not declared.
+pub async fn get(client: &Client, site: &SiteName) -> Result<Option<DynamicObject>, kube::Error> {
+    let sites: Api<DynamicObject> = Api::all_with(client.clone(), &resource());
+    sites.get_opt(site.as_str()).await
+}
+
 /// The UID of a declared Site; `None` when it is not declared.
 pub async fn uid(client: &Client, site: &SiteName) -> Result<Option<Uid>, kube::Error> {
     let sites: Api<DynamicObject> = Api::all_with(client.clone(), &resource());

@@ -118,6 +118,16 @@ impl Cluster {
             .expect("skerry-provider runs")
     }
 
+    /// `skerry-provider` with these arguments, as an operator runs it.
+    pub fn provider_command(&self, args: &[&str]) -> Output {
+        Command::new(workspace_binary("skerry-provider"))
+            .args(args)
+            .args(["--kubeconfig", path(&self.provider_kubeconfig())])
+            .stdin(Stdio::null())
+            .output()
+            .expect("skerry-provider runs")
+    }
+
     /// The last lines that the provider has logged.
     pub fn provider_log(&self) -> String {
         self.provider.as_ref().map(Daemon::log_tail).unwrap_or_default()

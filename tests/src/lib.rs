@@ -7,6 +7,7 @@
 //! Everything here may panic: a panic is how a scenario fails, and dropping a handle ends what it started.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod certificate;
 pub mod churn;
 pub mod cluster;
 pub mod containerd;

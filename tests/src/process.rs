@@ -97,6 +97,8 @@ pub struct Daemon {
     child: Child,
     log: PathBuf,
     name: String,
+    /// Length of the log when it was started.
+    begin: u64,
 }
 
 impl Daemon {
@@ -107,6 +109,7 @@ impl Daemon {
             .append(true)
             .open(log)
             .expect("the log file opens");
+        let begin = out.metadata().map_or(0, |m| m.len());
         let err = out.try_clone().expect("the log file opens twice");
         let child = command
             .stdin(Stdio::null())
@@ -119,6 +122,7 @@ impl Daemon {
         Self {
             child,
             log: log.to_owned(),
+            begin,
             name: name.to_owned(),
         }
     }
@@ -145,6 +149,13 @@ impl Daemon {
         std::fs::read(&self.log)
             .map(|b| String::from_utf8_lossy(&b).into_owned())
             .unwrap_or_default()
+    }
+
+    /// What it has logged since it was started, without what an earlier one wrote to the same file.
+    pub fn log_since_start(&self) -> String {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let begin = usize::try_from(self.begin).unwrap_or(0).min(log.len());
+        String::from_utf8_lossy(&log[begin..]).into_owned()
     }
 
     /// The last lines that it has logged.

@@ -180,6 +180,16 @@ impl Site {
         join(&self.relay.address().to_string(), token, &self.data_dir())
     }
 
+    /// The command line of that.
+    pub fn join_command(&self, token: &str) -> Command {
+        self.join_command_to(token, &self.data_dir())
+    }
+
+    /// The command line of that for another machine.
+    pub fn join_command_to(&self, token: &str, data_dir: &Path) -> Command {
+        join_command(&self.relay.address().to_string(), token, data_dir)
+    }
+
     /// The same on a machine that is a site already.
     pub fn rejoin(&self, token: &str) -> Output {
         join_command(&self.relay.address().to_string(), token, &self.data_dir())
@@ -222,6 +232,21 @@ impl Site {
         command.arg("--pod-log-dir").arg(self.dir.join("pod-logs"));
         command.args(["--metrics-listen", &self.metrics.to_string()]);
         command.args(&self.flags);
+        if self.clock().exists() {
+            let library = std::fs::read_dir("/usr/lib")
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|arch| arch.path().join("faketime/libfaketimeMT.so.1"))
+                .find(|library| library.exists())
+                .expect("libfaketime is installed (hack/test --prepare)");
+            // The wall clock alone: the kernel's steady ones are right on every machine.
+            command
+                .env("LD_PRELOAD", library)
+                .env("FAKETIME_TIMESTAMP_FILE", self.clock())
+                .env("FAKETIME_CACHE_DURATION", "1")
+                .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        }
         // The disk that the tests fill is shared with whatever else this machine does: a full one must not take pods
         // and images from scenarios about other things.
         for (flag, calm) in [
@@ -236,6 +261,21 @@ impl Site {
             command.args(["--modbus-endpoint", &endpoint.to_string()]);
         }
         command
+    }
+
+    fn clock(&self) -> PathBuf {
+        self.dir.join("clock")
+    }
+
+    /// Sets the wall clock of the site's machine that many seconds ahead of the true one; negative is behind. Called
+    /// before the daemon's start, it works from then on, also while the daemon runs.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn set_clock(&self, seconds_ahead: i64) {
+        let next = self.dir.join("clock.new");
+        std::fs::write(&next, format!("{seconds_ahead:+}\n")).expect("the clock can be set");
+        std::fs::rename(&next, self.clock()).expect("the clock can be set");
     }
 
     /// Starts the daemon.
@@ -286,6 +326,11 @@ impl Site {
         }
     }
 
+    /// Whether the daemon was started and not stopped since.
+    pub fn running(&self) -> bool {
+        self.edge.is_some()
+    }
+
     /// Waits until the Node is Ready.
     pub fn wait_ready(&mut self) {
         eventually(SOON, &format!("node {} is Ready", self.name), || {
@@ -319,6 +364,14 @@ impl Site {
     /// When it does not run.
     pub fn pid(&self) -> u32 {
         self.edge.as_ref().expect("the daemon runs").pid()
+    }
+
+    /// What the daemon has logged since its start.
+    pub fn log(&self) -> String {
+        self.edge
+            .as_ref()
+            .map(Daemon::log_since_start)
+            .unwrap_or_default()
     }
 
     /// The last lines that the daemon has logged.

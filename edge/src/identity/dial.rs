@@ -5,17 +5,19 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use skerry_proto::limits::{LINK_CONNECTION_WINDOW, LINK_STREAM_WINDOW};
 use skerry_transport::{Handle, Stream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
 use super::proxy::{Proxy, ProxyRules};
-use super::{Identity, reach, tls};
+use super::{Doubt, Identity, TrustedTime, reach, tls};
+use crate::clock::SystemClock;
 use crate::link::Dial;
 
 /// How long TCP and TLS may take together.
@@ -29,15 +31,22 @@ pub struct Dialer {
     provider: String,
     proxies: ProxyRules,
     identity: watch::Receiver<Arc<Identity>>,
+    time: Arc<TrustedTime>,
+    urge: Arc<Notify>,
 }
 
 impl Dialer {
     /// A dialer of `provider` (`host:port`, with or without `https://`).
+    ///
+    /// It believes the system's clock, and nobody renews anything: see [`Dialer::telling`].
     pub fn new(provider: &str, identity: watch::Receiver<Arc<Identity>>) -> Result<Self, String> {
+        let issued = identity.borrow().not_before;
         Ok(Self {
             provider: address(provider)?,
             proxies: ProxyRules::default(),
             identity,
+            time: Arc::new(TrustedTime::new(Arc::new(SystemClock), issued, None, |_| {})),
+            urge: Arc::default(),
         })
     }
 
@@ -46,6 +55,20 @@ impl Dialer {
     pub fn through(mut self, proxies: ProxyRules) -> Self {
         self.proxies = proxies;
         self
+    }
+
+    /// Checks certificates by `time`, and notifies `urge` when only a renewal of the site's own helps.
+    #[must_use]
+    pub fn telling(mut self, time: Arc<TrustedTime>, urge: Arc<Notify>) -> Self {
+        (self.time, self.urge) = (time, urge);
+        self
+    }
+
+    async fn dial_with(&self, timeliness: tls::Timeliness) -> Result<(Channel, Handle), String> {
+        let identity = Arc::clone(&self.identity.borrow());
+        let config = tls::joined(&identity, &self.time, timeliness)
+            .map_err(|e| format!("TLS cannot be set up: {e}"))?;
+        connect(&self.provider, &self.proxies, Arc::new(config)).await
     }
 }
 
@@ -56,10 +79,35 @@ impl Dial for Dialer {
     }
 
     async fn dial_line(&self) -> Result<(Channel, Option<Handle>), String> {
-        let identity = Arc::clone(&self.identity.borrow());
-        let config = tls::joined(&identity).map_err(|e| format!("TLS cannot be set up: {e}"))?;
-        let (channel, line) = connect(&self.provider, &self.proxies, Arc::new(config)).await?;
-        Ok((channel, Some(line)))
+        if let Some(doubt @ Doubt::Behind { .. }) = self.time.doubt() {
+            self.urge.notify_one();
+            return Err(doubt.to_string());
+        }
+        let dialled = self.dial_with(tls::Timeliness::Required).await;
+        // An old certificate that somebody shows raises this doubt too: the renewal then fails, and nothing else changes.
+        if dialled.is_err() && self.time.doubt().is_some() {
+            self.urge.notify_one();
+        }
+        dialled.map(|(channel, line)| (channel, Some(line)))
+    }
+
+    async fn dial_for_renewal(&self) -> Result<Channel, String> {
+        let dialled = self.dial_with(tls::Timeliness::Proven).await;
+        dialled.map(|(channel, _)| channel)
+    }
+
+    fn greeted(&self, provider_now: Timestamp) {
+        self.time.attest(provider_now);
+    }
+
+    fn renewal_wanted(&self) {
+        self.urge.notify_one();
+    }
+
+    fn refused(&self, code: tonic::Code) {
+        if code == tonic::Code::Unauthenticated {
+            self.urge.notify_one();
+        }
     }
 }
 

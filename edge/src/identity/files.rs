@@ -179,7 +179,7 @@ fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
     Ok(all)
 }
 
-fn validity(certificate: &[u8]) -> Result<(Timestamp, Timestamp), String> {
+pub(super) fn validity(certificate: &[u8]) -> Result<(Timestamp, Timestamp), String> {
     let (_, certificate) = X509Certificate::from_der(certificate).map_err(|e| e.to_string())?;
     let time =
         |t: x509_parser::time::ASN1Time| Timestamp::from_second(t.timestamp()).map_err(|e| e.to_string());

@@ -5,14 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rcgen::{CertificateParams, KeyPair};
+use sha2::{Digest, Sha256};
 use skerry_proto::link::enrolment_client::EnrolmentClient;
 use skerry_proto::link::{JoinRequest, JoinResponse};
-use skerry_proto::token::{InvalidToken, JoinToken};
+use skerry_proto::token::{InvalidToken, JoinToken, hex};
 use skerry_proto::{SiteName, SpiffeId};
 
 use super::{Identity, IdentityError, dial, files, tls};
 
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// Pause before a machine that waits for its approval asks again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// What `skerry-edge join` was told.
 #[derive(Clone, Debug)]
@@ -27,6 +30,8 @@ pub struct JoinOptions {
     pub data_dir: PathBuf,
     /// Replace an identity that exists.
     pub force: bool,
+    /// Told once, with the Site and this machine's key, when a person must approve it first.
+    pub waits: fn(&SiteName, &str),
 }
 
 /// Why a site could not join.
@@ -70,31 +75,64 @@ pub async fn join(options: &JoinOptions) -> Result<SiteName, JoinError> {
     files::prepare(&options.data_dir)?;
     let (key, csr_der) = new_key().map_err(JoinError::Answer)?;
     let config = tls::joining(&token.pin).map_err(|e| JoinError::Answer(e.to_string()))?;
-    let (channel, _) = dial::connect(&provider, &options.proxies, Arc::new(config))
-        .await
-        .map_err(JoinError::Unreachable)?;
     let request = JoinRequest {
         site: token.site.to_string(),
         token: options.token.trim().to_owned(),
         csr_der,
     };
+    let config = Arc::new(config);
+    let own = public_key(&key);
+    let mut told = false;
+    let answer = loop {
+        let answer = ask(&provider, &options.proxies, Arc::clone(&config), request.clone()).await?;
+        if answer.waiting_key.is_empty() {
+            break answer;
+        }
+        if answer.waiting_key != own {
+            return Err(JoinError::Answer("it is about another machine's key".to_owned()));
+        }
+        if !told {
+            (options.waits)(&token.site, &own);
+            told = true;
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    };
+    check(&answer, &token.site).map_err(JoinError::Answer)?;
+    save(&options.data_dir, &token.site, &provider, &key, &answer)?;
+    Ok(token.site)
+}
+
+/// One request for a certificate.
+async fn ask(
+    provider: &str,
+    proxies: &super::ProxyRules,
+    config: Arc<rustls::ClientConfig>,
+    request: JoinRequest,
+) -> Result<JoinResponse, JoinError> {
+    let (channel, _) = dial::connect(provider, proxies, config)
+        .await
+        .map_err(JoinError::Unreachable)?;
     let answer = tokio::time::timeout(ANSWER_LIMIT, EnrolmentClient::new(channel).join(request))
         .await
         .map_err(|_| {
             JoinError::Unreachable(format!(
                 "the provider at {provider} did not answer within {ANSWER_LIMIT:?}"
             ))
-        })?
-        .map_err(|status| match status.code() {
-            tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Internal => {
-                JoinError::Unreachable(status.message().to_owned())
-            }
-            _ => JoinError::Refused(status.message().to_owned()),
-        })?
-        .into_inner();
-    check(&answer, &token.site).map_err(JoinError::Answer)?;
-    save(&options.data_dir, &token.site, &provider, &key, &answer)?;
-    Ok(token.site)
+        })?;
+    let answer = answer.map_err(|status| match status.code() {
+        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Internal => {
+            JoinError::Unreachable(status.message().to_owned())
+        }
+        _ => JoinError::Refused(status.message().to_owned()),
+    })?;
+    Ok(answer.into_inner())
+}
+
+/// SHA-256 of a public key, hexadecimal.
+fn public_key(key: &KeyPair) -> String {
+    hex(&Sha256::digest(rcgen::PublicKeyData::subject_public_key_info(
+        key,
+    )))
 }
 
 /// Only an identity that is absent or damaged beyond use is replaced without being asked.
@@ -193,6 +231,7 @@ mod tests {
             token: token.to_string(),
             data_dir: file,
             force: true,
+            waits: |_, _| {},
         };
         assert!(matches!(join(&options).await, Err(JoinError::Files(_))));
         // Nobody has dialled.

@@ -1,11 +1,12 @@
 //! Who this site is: its key, its certificate, and whom it trusts.
 //!
-//! In: a join token, once; renewals over the link. Out: TLS settings for the link. The key is made here and never
+//! In: a join token, once; renewals over the link, which also prove the time to a machine whose clock is wrong. Out: TLS settings for the link. The key is made here and never
 //! leaves: `<data-dir>/identity/` (mode 0700) holds `identity.pem` (key and certificate), `roots.pem` and
 //! `identity.json`.
 //!
 //! What must always hold:
 //! * The provider is recognised by its SPIFFE ID under the roots, never by its address.
+//! * A session is begun only with a provider whose certificate is in its time, by a clock that is not in doubt (`time`).
 //! * Key and certificate change together: both stand in one file, `identity.pem`, which is replaced atomically.
 
 mod dial;
@@ -14,6 +15,9 @@ mod join;
 mod proxy;
 mod reach;
 mod renew;
+#[cfg(test)]
+pub(crate) mod testing;
+mod time;
 mod tls;
 
 use std::path::{Path, PathBuf};
@@ -26,7 +30,8 @@ pub use dial::Dialer;
 pub(crate) use join::check as check_answer;
 pub use join::{JoinError, JoinOptions, join};
 pub use proxy::{Proxy, ProxyRules};
-pub use renew::renew_loop;
+pub use renew::Renewer;
+pub use time::{Doubt, TrustedTime};
 
 /// Why the identity cannot be used. Exit code 2 before joining, 4 when the files are damaged.
 #[derive(Debug, thiserror::Error)]

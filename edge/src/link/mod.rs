@@ -9,7 +9,7 @@
 //! * A report leaves the outbox only after the provider has settled it.
 //! * Nothing here stops a pod: the store is changed by the provider's explicit word alone.
 
-mod backoff;
+pub(crate) mod backoff;
 mod beats;
 mod critical;
 mod drops;
@@ -57,6 +57,20 @@ pub trait Dial: Send + Sync + 'static {
     async fn dial_line(&self) -> Result<(Channel, Option<Handle>), String> {
         Ok((self.dial().await?, None))
     }
+
+    /// Opens one for the renewal of the site's certificate only: the provider's own may be out of its time.
+    async fn dial_for_renewal(&self) -> Result<Channel, String> {
+        self.dial().await
+    }
+
+    /// The provider has greeted, and told its clock.
+    fn greeted(&self, _provider_now: Timestamp) {}
+
+    /// The provider wants the site's certificate to be renewed.
+    fn renewal_wanted(&self) {}
+
+    /// The provider has refused a session.
+    fn refused(&self, _code: tonic::Code) {}
 }
 
 /// What the rest of the daemon may know of the link.
@@ -228,6 +242,9 @@ impl Link {
             let mut pause = backoff.next();
             if let SessionError::Goodbye { retry_after, .. } = &ended {
                 pause = pause.max(*retry_after);
+            }
+            if let SessionError::Refused { code, .. } = &ended {
+                self.dial.refused(*code);
             }
             self.note_end(&ended, was_online, pause);
             tokio::select! {

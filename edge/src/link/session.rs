@@ -114,6 +114,7 @@ async fn attempt(link: &Arc<Link>) -> Result<Never, SessionError> {
                         link.metrics.set_class(beats.class());
                     }
                     Some(cloud_control::Message::ReportNode(_)) => link.note_node_asked(),
+                    Some(cloud_control::Message::RenewCertificate(_)) => link.dial.renewal_wanted(),
                     // Something newer than this build.
                     Some(cloud_control::Message::Welcome(_)) | None => {}
                 }
@@ -188,6 +189,9 @@ async fn greet(link: &Link, lines: &Lines) -> Result<Control, SessionError> {
         .await
         .map_err(|_| SessionError::Silent(GREETING_LIMIT))??;
     beats::note_line(lines, Lane::Control, line, &welcome);
+    if let Ok(now) = Timestamp::from_nanosecond(i128::from(welcome.now_unix_nanos)) {
+        link.dial.greeted(now);
+    }
     Ok((sender, stream, welcome))
 }
 

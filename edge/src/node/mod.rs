@@ -6,6 +6,7 @@
 pub(crate) mod capacity;
 mod measure;
 mod problems;
+mod skew;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::eviction::Pressure;
+use crate::identity::TrustedTime;
 use crate::link::LinkStatus;
 use crate::pods::NodeEvents;
 use crate::runtime::{Runtime, RuntimeError};
@@ -56,6 +58,8 @@ pub struct NodeConfig {
     pub pressure: watch::Receiver<Pressure>,
     /// The machine is going down.
     pub going: watch::Receiver<bool>,
+    /// What time it is elsewhere.
+    pub time: Arc<TrustedTime>,
     /// Where changes are told.
     pub events: NodeEvents,
 }
@@ -170,10 +174,15 @@ async fn status(config: &NodeConfig, runtime: &dyn Runtime) -> Value {
         .unwrap_or_default();
     let images = runtime.list_images().await.unwrap_or_default();
     let features = runtime.features().await;
+    let mut conditions = conditions(&pressure, &runtime_ready);
+    if let (Some(skew), Value::Array(all)) = (skew::condition(config.time.skew()), &mut conditions) {
+        // Ready stands last, as a kubelet has it.
+        all.insert(all.len().saturating_sub(1), skew);
+    }
     json!({
         "capacity": config.shares.capacity(&machine).to_json(),
         "allocatable": config.shares.allocatable(&machine).to_json(),
-        "conditions": conditions(&pressure, &runtime_ready),
+        "conditions": conditions,
         "nodeInfo": machine.info(&version, &config.fallback_machine_id),
         "images": images_of(images),
         "runtimeHandlers": handlers_of(&features),

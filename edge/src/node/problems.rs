@@ -53,7 +53,7 @@ pub(super) async fn say_changes(events: &NodeEvents, node: &SiteName, old: Optio
 }
 
 fn changes(old: Option<&Value>, new: &Value) -> Vec<&'static str> {
-    const NAMES: [(&str, &str, &str); 4] = [
+    const NAMES: [(&str, &str, &str); 5] = [
         (
             "MemoryPressure",
             "NodeHasInsufficientMemory",
@@ -61,6 +61,7 @@ fn changes(old: Option<&Value>, new: &Value) -> Vec<&'static str> {
         ),
         ("DiskPressure", "NodeHasDiskPressure", "NodeHasNoDiskPressure"),
         ("PIDPressure", "NodeHasInsufficientPID", "NodeHasSufficientPID"),
+        (super::skew::KIND, "NodeClockSkewed", "NodeClockInStep"),
         ("Ready", "NodeReady", "NodeNotReady"),
     ];
     NAMES
@@ -73,9 +74,10 @@ fn changes(old: Option<&Value>, new: &Value) -> Vec<&'static str> {
                     .map(str::to_owned)
             };
             let (before, now) = (old.and_then(status), status(new)?);
-            // A node that starts is not ready yet; that alone is no news.
-            let news = before.as_deref() != Some(now.as_str())
-                && !(before.is_none() && *kind == "Ready" && now != "True");
+            // A node that starts is not ready yet, and one whose clock is right has nothing to tell.
+            let quiet = *kind == "Ready" || *kind == super::skew::KIND;
+            let news =
+                before.as_deref() != Some(now.as_str()) && !(before.is_none() && quiet && now != "True");
             news.then_some(if now == "True" { *yes } else { *no })
         })
         .collect()

@@ -265,9 +265,9 @@ impl Worker {
     }
 
     fn labels_may_come(&self) -> bool {
-        let seen = self.record.start_time.unwrap_or_else(|| self.shared.clock.now());
-        let waited = self.shared.clock.now().duration_since(seen);
-        Duration::try_from(waited).unwrap_or_default() < LABELS_LAG
+        let clock = &self.shared.clock;
+        let seen = self.record.start_time.unwrap_or_else(|| clock.now());
+        clock.elapsed(seen) < LABELS_LAG
     }
 }
 

@@ -181,7 +181,8 @@ impl Book {
             tokens: BURST,
             at: now,
         });
-        let elapsed = now.duration_since(bucket.at).as_secs_f64().max(0.0);
+        // A clock that was set back gives a share too much, and no hours without events.
+        let elapsed = now.duration_since(bucket.at).as_secs_f64().abs();
         bucket.tokens = (bucket.tokens + elapsed / REFILL_SECONDS).min(BURST);
         bucket.at = now;
         let series = self.series.entry(key).or_insert(Series { count: 0, first: now });

@@ -224,7 +224,9 @@ impl Images {
     fn backing_off(&self, key: &(String, String)) -> Option<(Duration, String)> {
         let pulls = self.lock();
         let pull = pulls.get(key)?;
-        let remaining = Backoff::remaining(pull.backoff.as_ref(), &key.1, pull.failed_at?, self.clock.now())?;
+        let failed = pull.failed_at?;
+        let waited = self.clock.elapsed(failed);
+        let remaining = Backoff::remaining(pull.backoff.as_ref(), &key.1, failed, waited)?;
         Some((remaining, pull.error.clone()))
     }
 

@@ -2,6 +2,11 @@ use super::*;
 use crate::pods::fixtures::{at, container, exited, pod, record_of, running, sandbox};
 use serde_json::{Value, json};
 
+/// How long ago things are at that second.
+fn since(now: i64) -> impl Fn(Timestamp) -> Duration {
+    move |then| Duration::try_from(at(now).duration_since(then)).unwrap_or_default()
+}
+
 fn spec(policy: &str) -> Value {
     json!({"restartPolicy": policy, "containers": [{"name": "c", "image": "busybox"}]})
 }
@@ -21,7 +26,7 @@ fn with_inits(policy: &str) -> Value {
 fn planned(spec: Value, containers: Vec<crate::runtime::Container>) -> Plan {
     let pod = pod(spec);
     let (record, view) = record_of(&pod, containers);
-    plan(&pod, &record, &view, true, &[], at(100))
+    plan(&pod, &record, &view, true, &[], &since(100))
 }
 
 fn started(plan: &Plan) -> Vec<(&str, u32)> {
@@ -39,7 +44,14 @@ fn started(plan: &Plan) -> Vec<(&str, u32)> {
 #[test]
 fn a_new_pod_gets_a_sandbox_first_and_nothing_else() {
     let pod = pod(spec("Always"));
-    let plan = plan(&pod, &PodRecord::default(), &View::default(), true, &[], at(0));
+    let plan = plan(
+        &pod,
+        &PodRecord::default(),
+        &View::default(),
+        true,
+        &[],
+        &since(0),
+    );
     assert_eq!(
         plan.steps,
         [Step::Sandbox {
@@ -69,7 +81,7 @@ fn a_changed_image_kills_the_container_regardless_of_policy() {
     let (record, view) = record_of(&old, vec![container("c", "1", 0, running(0))]);
     let mut new = old.clone();
     new.spec.as_mut().unwrap().containers[0].image = Some("busybox:2".into());
-    let plan = plan(&new, &record, &view, true, &[], at(1));
+    let plan = plan(&new, &record, &view, true, &[], &since(1));
     assert!(
         matches!(&plan.steps[..], [Step::Kill { message, .. }, Step::Start { restart_count: 1, .. }]
         if message == "Container c definition changed, will be restarted")
@@ -114,11 +126,11 @@ fn a_second_crash_waits_for_the_back_off_and_then_starts() {
     let pod = pod(spec("Always"));
     let (mut record, view) = record_of(&pod, vec![container("c", "1", 1, exited(95, 1))]);
     record.containers.get_mut("c").unwrap().backoff = Some(Backoff::step(None, "busybox", at(90), at(90)));
-    let early = plan(&pod, &record, &view, true, &[], at(100));
+    let early = plan(&pod, &record, &view, true, &[], &since(100));
     assert_eq!(early.steps, []);
     assert_eq!(early.waits[0].remaining, Duration::from_secs(5));
     assert_eq!(
-        started(&plan(&pod, &record, &view, true, &[], at(105))),
+        started(&plan(&pod, &record, &view, true, &[], &since(105))),
         [("c", 2)]
     );
 }
@@ -170,7 +182,7 @@ fn a_sidecar_that_has_not_started_holds_the_next_init_container_back() {
         ],
     );
     record.containers.get_mut("side").unwrap().started = false;
-    assert_eq!(plan(&pod, &record, &view, true, &[], at(5)), Plan::default());
+    assert_eq!(plan(&pod, &record, &view, true, &[], &since(5)), Plan::default());
 }
 
 #[test]
@@ -225,7 +237,7 @@ fn after_reboot(policy: &str, containers: Vec<crate::runtime::Container>) -> (Po
 #[test]
 fn after_a_reboot_a_restartable_pod_gets_its_next_sandbox_and_a_higher_count() {
     let (pod, mut record) = after_reboot("Always", vec![container("c", "1", 2, running(0))]);
-    let first = plan(&pod, &record, &View::default(), true, &[], at(200));
+    let first = plan(&pod, &record, &View::default(), true, &[], &since(200));
     assert_eq!(
         first.steps,
         [Step::Sandbox {
@@ -236,7 +248,7 @@ fn after_a_reboot_a_restartable_pod_gets_its_next_sandbox_and_a_higher_count() {
     let view = View::new(vec![sandbox("s2", 1)], vec![]);
     record.observe(&view, at(201), |_| String::new());
     assert_eq!(
-        started(&plan(&pod, &record, &view, true, &[], at(201))),
+        started(&plan(&pod, &record, &view, true, &[], &since(201))),
         [("c", 3)]
     );
 }
@@ -245,7 +257,7 @@ fn after_a_reboot_a_restartable_pod_gets_its_next_sandbox_and_a_higher_count() {
 fn after_a_reboot_a_pod_that_never_restarts_gets_no_new_sandbox() {
     let (pod, record) = after_reboot("Never", vec![container("c", "1", 0, running(0))]);
     assert_eq!(
-        plan(&pod, &record, &View::default(), true, &[], at(200)),
+        plan(&pod, &record, &View::default(), true, &[], &since(200)),
         Plan::default()
     );
 }
@@ -254,7 +266,7 @@ fn after_a_reboot_a_pod_that_never_restarts_gets_no_new_sandbox() {
 fn after_a_reboot_a_container_that_succeeded_under_on_failure_is_not_run_again() {
     let (pod, record) = after_reboot("OnFailure", vec![container("c", "1", 0, exited(5, 0))]);
     assert_eq!(
-        plan(&pod, &record, &View::default(), true, &[], at(200)),
+        plan(&pod, &record, &View::default(), true, &[], &since(200)),
         Plan::default()
     );
 }
@@ -275,7 +287,7 @@ fn a_new_sandbox_starts_again_from_the_first_init_container() {
     let view = View::new(vec![sandbox("s2", 1)], vec![]);
     record.observe(&view, at(50), |_| String::new());
     assert_eq!(
-        started(&plan(&pod, &record, &view, true, &[], at(51))),
+        started(&plan(&pod, &record, &view, true, &[], &since(51))),
         [("i0", 1)]
     );
 }
@@ -291,7 +303,7 @@ fn a_crashed_container_of_an_older_sandbox_does_not_wait_for_its_back_off() {
     );
     record.observe(&view, at(96), |_| String::new());
     assert_eq!(
-        started(&plan(&pod, &record, &view, true, &[], at(96))),
+        started(&plan(&pod, &record, &view, true, &[], &since(96))),
         [("c", 2)]
     );
 }
@@ -317,10 +329,10 @@ fn a_failed_liveness_probe_kills_that_instance_only() {
         grace: None,
     };
     assert_eq!(
-        plan(&pod, &record, &view, true, &[verdict("0")], at(1)),
+        plan(&pod, &record, &view, true, &[verdict("0")], &since(1)),
         Plan::default()
     );
-    let killed = plan(&pod, &record, &view, true, &[verdict("1")], at(1));
+    let killed = plan(&pod, &record, &view, true, &[verdict("1")], &since(1));
     assert!(
         matches!(&killed.steps[..], [Step::Kill { message, .. }, Step::Start { restart_count: 1, .. }]
         if message == "Container c failed liveness probe, will be restarted")
@@ -343,7 +355,7 @@ fn a_restart_by_a_probe_waits_only_while_the_end_of_the_instance_before_is_in_it
         probe: "startup",
         grace: Some(Duration::from_secs(3)),
     }];
-    let steps = |now| plan(&pod, &record, &view, true, &condemned, at(now)).steps;
+    let steps = |now| plan(&pod, &record, &view, true, &condemned, &since(now)).steps;
     assert!(
         matches!(&steps(19)[..], [Step::Kill { grace: Some(g), .. }] if g.as_secs() == 3),
         "{:?}",
@@ -409,7 +421,7 @@ fn a_rule_for_all_containers_takes_the_pod_to_its_beginning_and_others_do_not() 
         let last = known.last.as_mut().unwrap();
         (last.lost, last.state) = (true, State::Unknown);
     }
-    let next = plan(&pod, &record, &view, true, &[], at(10));
+    let next = plan(&pod, &record, &view, true, &[], &since(10));
     assert_eq!(started(&next), [("i", 1)]);
 }
 

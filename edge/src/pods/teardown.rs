@@ -76,7 +76,7 @@ impl Worker {
         };
         // deletionTimestamp is when the grace is over. A clock that is off must not lengthen it, nor take it away
         // from a pod that has just been told: the stop signal always gets the least time.
-        let left = Duration::try_from(end.duration_since(self.shared.clock.now())).unwrap_or_default();
+        let left = Duration::try_from(end.duration_since(self.shared.clock.cloud())).unwrap_or_default();
         left.min(whole).max(LEAST.min(whole))
     }
 

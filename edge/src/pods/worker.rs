@@ -336,14 +336,13 @@ impl Worker {
                 break;
             }
             self.resize(pod).await?;
-            let now = self.shared.clock.now();
             let plan = plan::plan(
                 pod,
                 &self.record,
                 &self.view,
                 self.shared.runtime.isolated(),
                 &self.probers.condemned(pod, &self.record),
-                now,
+                &|then| self.shared.clock.elapsed(then),
             );
             self.note_waits(pod, &plan).await;
             if plan.steps.is_empty() {
@@ -451,8 +450,7 @@ impl Worker {
         if let (Some(limit), Some(start)) =
             (limit.and_then(|l| u64::try_from(l).ok()), self.record.start_time)
         {
-            let active =
-                Duration::try_from(self.shared.clock.now().duration_since(start)).unwrap_or_default();
+            let active = self.shared.clock.elapsed(start);
             match Duration::from_secs(limit)
                 .checked_sub(active)
                 .filter(|left| !left.is_zero())

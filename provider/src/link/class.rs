@@ -131,6 +131,8 @@ mod tests {
         let peer = SitePeer {
             site: "harbour".parse().unwrap(),
             uid: Uid::from("u".to_owned()),
+            serial: "1".to_owned(),
+            not_before: Timestamp::MIN,
             not_after: Timestamp::MAX,
         };
         let hello = Hello {

@@ -10,8 +10,9 @@ use jiff::Timestamp;
 use skerry_proto::SiteName;
 use skerry_proto::link::Kind;
 use skerry_proto::link::{
-    self, CloudBulk, CloudControl, EdgeBulk, EdgeControl, Hello, JoinResponse, PROTOCOL_MAX, PROTOCOL_MIN,
-    RenewRequest, TunnelFrame, Welcome, cloud_control, edge_bulk, edge_control, link_server, tunnel_frame,
+    self, CloudBulk, CloudControl, ConfirmRequest, ConfirmResponse, EdgeBulk, EdgeControl, Hello,
+    JoinResponse, PROTOCOL_MAX, PROTOCOL_MIN, RenewRequest, TunnelFrame, Welcome, cloud_control, edge_bulk,
+    edge_control, link_server, tunnel_frame,
 };
 use skerry_transport::{Handle, Lane};
 use tokio::sync::mpsc;
@@ -28,7 +29,7 @@ use super::timing::Timings;
 use super::tunnels::Tunnels;
 use crate::cluster::Mirror;
 use crate::metrics::Metrics;
-use crate::pki::{Authority, SitePeer};
+use crate::pki::{CertificateRecord, Renewals, Revoked, SitePeer, current};
 
 /// How long a new stream may stay silent before its first message.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -49,8 +50,8 @@ pub struct LinkDeps {
     pub sessions: Sessions,
     /// Streams for the kubelet endpoint.
     pub tunnels: Tunnels,
-    /// Issues certificates.
-    pub authority: Authority,
+    /// Renews certificates, and knows the time.
+    pub renewals: Renewals,
     /// Where reports go.
     pub reports: Arc<Reports>,
     /// Who may begin a session now.
@@ -143,6 +144,7 @@ impl link_server::Link for LinkService {
             message: Some(cloud_control::Message::Welcome(welcome)),
         }));
         tokio::spawn(place.until(session.clone().settled()));
+        self.note_use(&peer);
         let (mirror, timings) = (&self.deps.mirror, self.deps.timings);
         let class = SiteClass::new(mirror, timings, &session, &hello, class);
         tokio::spawn(listen(
@@ -159,7 +161,7 @@ impl link_server::Link for LinkService {
         &self,
         request: Request<Streaming<EdgeBulk>>,
     ) -> Result<Response<Self::BulkStream>, Status> {
-        let (SitePeer { site, .. }, _) = self.admitted(&request)?;
+        let (peer, _) = self.declared(&request)?;
         let line = line_of(&request);
         let mut inbound = request.into_inner();
         let Some(edge_bulk::Message::Hello(hello)) = first(&mut inbound).await?.message else {
@@ -167,9 +169,9 @@ impl link_server::Link for LinkService {
                 "the first message on Bulk must be BulkHello",
             ));
         };
-        let session = self.session(&site, &hello.session)?;
+        let session = self.session(&peer, &hello.session)?;
         if let Some(line) = line {
-            let class = class::declared(&self.deps.mirror, &site);
+            let class = class::declared(&self.deps.mirror, &peer.site);
             let signs = self.deps.timings.of(class).life_signs();
             session.lines.add(Lane::Bulk, line, class, signs);
         }
@@ -191,33 +193,54 @@ impl link_server::Link for LinkService {
         &self,
         request: Request<Streaming<TunnelFrame>>,
     ) -> Result<Response<Self::TunnelStream>, Status> {
-        let (SitePeer { site, .. }, _) = self.admitted(&request)?;
+        let (peer, _) = self.declared(&request)?;
         let mut inbound = request.into_inner();
         let Some(tunnel_frame::Frame::Open(open)) = first(&mut inbound).await?.frame else {
             return Err(Status::invalid_argument(
                 "the first frame on Tunnel must be TunnelOpen",
             ));
         };
-        self.session(&site, &open.session)?;
-        Ok(Response::new(self.deps.tunnels.accept(&site, open, inbound)))
+        self.session(&peer, &open.session)?;
+        Ok(Response::new(self.deps.tunnels.accept(&peer.site, open, inbound)))
     }
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
+        let (peer, _) = self.declared(&request)?;
+        let (answer, issued) = self.deps.renewals.renew(&peer, &request.into_inner()).await?;
+        let new = SitePeer {
+            serial: issued.serial,
+            not_before: issued.not_before,
+            not_after: issued.not_after,
+            ..peer.clone()
+        };
+        self.deps.sessions.renewed(&peer, &new);
+        Ok(Response::new(answer))
+    }
+
+    async fn confirm(&self, request: Request<ConfirmRequest>) -> Result<Response<ConfirmResponse>, Status> {
         let (peer, _) = self.admitted(&request)?;
-        crate::pki::renew(
-            &self.deps.authority,
-            &self.deps.client,
-            &peer,
-            &request.into_inner(),
-        )
-        .await
-        .map(Response::new)
+        let noted = self.deps.renewals.used(&peer).await;
+        noted.map_err(Status::unavailable)?;
+        Ok(Response::new(ConfirmResponse {}))
     }
 }
 
 impl LinkService {
     /// Who calls: a site whose certificate is in time and was issued for the Site as it is declared now.
     fn admitted<T>(&self, request: &Request<T>) -> Result<(SitePeer, SocketAddr), Status> {
+        let (peer, remote) = self.declared(request)?;
+        self.in_time(&peer)?;
+        Ok((peer, remote))
+    }
+
+    fn in_time(&self, peer: &SitePeer) -> Result<(), Status> {
+        let Renewals { clock, grace, .. } = &self.deps.renewals;
+        current(peer, clock.now(), *grace).map_err(|e| Status::unauthenticated(e.to_string()))
+    }
+
+    /// Who calls: a site whose certificate was issued for the Site as it is declared now, and was not revoked. It may be
+    /// out of its time.
+    fn declared<T>(&self, request: &Request<T>) -> Result<(SitePeer, SocketAddr), Status> {
         let Some(Peer {
             site: Some(peer),
             remote,
@@ -229,13 +252,6 @@ impl LinkService {
             ));
         };
         let name = &peer.site;
-        // The handshake saw it in time, but a connection may outlive its certificate.
-        if peer.not_after <= Timestamp::now() {
-            return Err(Status::unauthenticated(format!(
-                "the certificate of site {name} has expired at {}; join again with a new token",
-                peer.not_after
-            )));
-        }
         if !self.deps.mirror.is_synced() {
             return Err(Status::unavailable(
                 "the provider is still reading the cluster; try again",
@@ -251,14 +267,41 @@ impl LinkService {
                 "the certificate was issued for an earlier Site {name}, which was deleted; join again with a new token"
             )));
         }
+        if Revoked::of(&declared.value["spec"]).covers(peer) {
+            return Err(Status::permission_denied(Revoked::refusal(peer)));
+        }
         Ok((peer.clone(), *remote))
     }
 
-    fn session(&self, site: &SiteName, id: &str) -> Result<Session, Status> {
-        self.deps
+    /// The first session with a renewed certificate ends the time of the one before it.
+    fn note_use(&self, peer: &SitePeer) {
+        let site = self.deps.mirror.named(Kind::Site, "", peer.site.as_str());
+        // A mirror that lags behind is put right by the next session.
+        if !site.is_some_and(|site| CertificateRecord::of(&site.value["status"]).first_use(peer)) {
+            return;
+        }
+        let (deps, peer) = (Arc::clone(&self.deps), peer.clone());
+        tokio::spawn(async move {
+            if let Err(error) = deps.renewals.used(&peer).await {
+                tracing::warn!(site = %peer.site, %error, "the site's former certificate could not be retired; it is tried again with the next session");
+            }
+        });
+    }
+
+    /// The site's session of that name. A certificate that is out of its time serves only the session that began with it
+    /// and is kept by a younger one.
+    fn session(&self, peer: &SitePeer, id: &str) -> Result<Session, Status> {
+        let site = &peer.site;
+        let session = self
+            .deps
             .sessions
             .current(site, id)
-            .ok_or_else(|| Status::aborted(format!("session {id} of site {site} is over")))
+            .ok_or_else(|| Status::aborted(format!("session {id} of site {site} is over")))?;
+        let kept = session.began_with(peer) && session.expires() > self.deps.renewals.clock.now();
+        if !kept {
+            self.in_time(peer)?;
+        }
+        Ok(session)
     }
 }
 
@@ -290,7 +333,7 @@ async fn listen(
             Err(_) => break format!("nothing was heard for {deadline:?}"),
         };
         // Looked at with each message, at least once per heartbeat: a timer would be fooled by a clock that is set.
-        if session.peer.not_after <= Timestamp::now() {
+        if session.expires() <= deps.renewals.clock.now() {
             break "its certificate has expired".to_owned();
         }
         deps.sessions.heard(&session, Timestamp::now());

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::reports::{Lanes, Reports};
 use super::tunnels::{Orders, SiteAway};
-use crate::pki::SitePeer;
+use crate::pki::{Revoked, SitePeer};
 
 /// Most lanes and reasons of dropped reports that are kept of a site.
 const MOST_DROPS: usize = 64;
@@ -49,8 +49,10 @@ pub struct LinkState {
 pub struct Session {
     /// Its unique name.
     pub id: String,
-    /// The site and its certificate.
+    /// The site and the certificate that it began with.
     pub peer: SitePeer,
+    /// The certificate that keeps it: renewed by that one, or the same.
+    kept_by: Arc<Mutex<SitePeer>>,
     /// Cancelled when the session ends, for whatever reason.
     pub over: CancellationToken,
     /// Cancelled when the first comparison of inventories has been sent: the dear part of the beginning is over.
@@ -66,12 +68,41 @@ impl Session {
         self.lanes.get_or_init(|| Lanes::start(reports, self))
     }
 
+    /// A session that nobody knows yet.
+    pub(super) fn new(peer: &SitePeer) -> Self {
+        Self {
+            id: uuid::Uuid::new_v4().simple().to_string(),
+            peer: peer.clone(),
+            kept_by: Arc::new(Mutex::new(peer.clone())),
+            over: CancellationToken::new(),
+            begun: CancellationToken::new(),
+            lines: Lines::default(),
+            lanes: Arc::default(),
+        }
+    }
+
     /// Waits until the session has begun for good, or is over.
     pub(super) async fn settled(self) {
         tokio::select! {
             () = self.over.cancelled() => {}
             () = self.begun.cancelled() => {}
         }
+    }
+}
+
+impl Session {
+    /// When the session must end: with the certificate that keeps it.
+    pub fn expires(&self) -> Timestamp {
+        self.keeper().not_after
+    }
+
+    /// Whether that is the certificate with which the session began.
+    pub fn began_with(&self, peer: &SitePeer) -> bool {
+        self.peer == *peer
+    }
+
+    fn keeper(&self) -> std::sync::MutexGuard<'_, SitePeer> {
+        self.kept_by.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -114,14 +145,7 @@ impl Sessions {
         now: Timestamp,
     ) -> Session {
         let site = &peer.site;
-        let session = Session {
-            id: uuid::Uuid::new_v4().simple().to_string(),
-            peer: peer.clone(),
-            over: CancellationToken::new(),
-            begun: CancellationToken::new(),
-            lines: Lines::default(),
-            lanes: Arc::default(),
-        };
+        let session = Session::new(peer);
         let entry = Entry {
             session: session.clone(),
             orders,
@@ -218,6 +242,44 @@ impl Sessions {
             .get(site)
             .filter(|entry| entry.session.id == id)
             .map(|entry| entry.session.clone())
+    }
+
+    /// Notes that a site has renewed `old`: its session goes on under the new certificate, and need not be begun anew.
+    pub fn renewed(&self, old: &SitePeer, new: &SitePeer) {
+        if let Some(entry) = self.entries().get(&old.site) {
+            let mut keeper = entry.session.keeper();
+            if *keeper == *old {
+                *keeper = new.clone();
+            }
+        }
+    }
+
+    /// Ends the site's session if the certificate that it began with, or the one that keeps it, is revoked.
+    pub fn dismiss_revoked(&self, site: &SiteName, revoked: &Revoked) {
+        let hit = |entry: &Entry| {
+            let session = &entry.session;
+            revoked.covers(&session.peer) || revoked.covers(&session.keeper())
+        };
+        if self.entries().get(site).is_some_and(hit) {
+            self.dismiss(
+                site,
+                "the site's certificate was revoked; join again with a new token",
+                60_000,
+            );
+        }
+    }
+
+    /// Asks the site to renew its certificate; nothing happens when it is away or busy.
+    pub fn ask_to_renew(&self, site: &SiteName) {
+        if let Some(entry) = self.entries().get(site) {
+            let order = cloud_control::Message::RenewCertificate(skerry_proto::link::RenewCertificate {});
+            let _ = entry.orders.try_send(Ok(CloudControl { message: Some(order) }));
+        }
+    }
+
+    /// Whether the site has a session here.
+    pub fn is_online(&self, site: &SiteName) -> bool {
+        self.entries().contains_key(site)
     }
 
     /// Ends the site's session from this side, telling the edge why.
@@ -327,6 +389,8 @@ pub(super) mod tests {
         SitePeer {
             site: site(),
             uid: Uid::from("first".to_owned()),
+            serial: "1".to_owned(),
+            not_before: Timestamp::MIN,
             not_after: Timestamp::MAX,
         }
     }
@@ -372,6 +436,35 @@ pub(super) mod tests {
         let known = sessions.watch(&site()).borrow().drops.clone();
         let count = |reason: &str| known[&("events".to_owned(), reason.to_owned())];
         assert_eq!((known.len(), count("age"), count("refused")), (2, 5, 2));
+    }
+
+    #[test]
+    fn a_session_is_kept_by_the_certificates_that_followed_its_own_and_ends_when_one_is_revoked() {
+        let now = Timestamp::UNIX_EPOCH;
+        let sessions = Sessions::new(now);
+        let (sender, _receiver) = mpsc::channel(1);
+        let made = |serial: &str, not_after: i64| SitePeer {
+            serial: serial.to_owned(),
+            not_after: Timestamp::from_second(not_after).unwrap(),
+            ..peer()
+        };
+        let (first, second, third) = (made("1", 10), made("2", 20), made("3", 30));
+        let session = sessions.begin(&first, &hello(), sender, now);
+        // Another machine's renewal keeps nothing.
+        sessions.renewed(&second, &third);
+        assert_eq!(session.expires(), first.not_after);
+        sessions.renewed(&first, &second);
+        sessions.renewed(&second, &third);
+        assert_eq!(session.expires(), third.not_after);
+        assert!(session.began_with(&first) && !session.began_with(&third));
+        let revoked = |serial: &str| Revoked {
+            before: None,
+            serials: vec![serial.to_owned()],
+        };
+        sessions.dismiss_revoked(&site(), &revoked("2"));
+        assert!(!session.over.is_cancelled());
+        sessions.dismiss_revoked(&site(), &revoked("3"));
+        assert!(session.over.is_cancelled());
     }
 
     #[test]

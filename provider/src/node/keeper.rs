@@ -26,6 +26,7 @@ use crate::cluster::{Mirror, Object};
 use crate::link::Timings;
 use crate::link::sessions::{LinkState, Sessions};
 use crate::metrics::Metrics;
+use crate::pki::Revoked;
 use crate::pods::tolerations;
 
 /// How often a keeper looks whether something is left to do, for what has failed.
@@ -128,6 +129,8 @@ impl Keeper {
             self.class = Class::of_site(&site.value);
             self.deps.metrics.set_class(&self.site, self.class);
             self.deps.sessions.dismiss_earlier(&self.site, &site.key.uid);
+            let revoked = Revoked::of(&site.value["spec"]);
+            self.deps.sessions.dismiss_revoked(&self.site, &revoked);
             let state = link.borrow().clone();
             let rest = Instant::now() + jittered(LOOK_AGAIN);
             match self.step(&site, &state).await {

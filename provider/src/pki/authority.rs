@@ -1,40 +1,40 @@
 //! The CA and the TLS settings that follow from it.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use jiff::Timestamp;
-use k8s_openapi::ByteString;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Secret;
 use kube::Client;
 use kube::api::{Api, PostParams};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
+    CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    KeyPair, KeyUsagePurpose, SanType, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
-use sha2::{Digest, Sha256};
+use skerry_proto::limits::CERTIFICATE_BACKDATE;
 use skerry_proto::object::Uid;
-use skerry_proto::token::{hex, public_key_pin};
+use skerry_proto::token::hex;
 use skerry_proto::{InvalidSpiffeId, SiteName, SpiffeId, TrustDomain};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::clients::SiteVerifier;
+use super::keys::Keys;
+use crate::clock::{Clock, SystemClock};
+
 /// The Secret that holds the CA.
 pub const CA_SECRET: &str = "skerry-ca";
 
-const DAY: Duration = Duration::from_secs(24 * 3600);
-/// Life of a site's or the provider's certificate.
-const LEAF_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// Life of a site's or the provider's certificate, unless [`Authority::with_life`] says otherwise.
+pub const LEAF_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// How often the age of the provider's own certificate is looked at: by the wall clock, since a long sleep would not
+/// notice that the clock was set.
+const LOOK: Duration = Duration::from_secs(600);
 /// The attribute `serialNumber` of a subject (X.520): here the Site's UID.
 const SERIAL_NUMBER: [u64; 4] = [2, 5, 4, 5];
-const CA_LIFE: Duration = Duration::from_secs(3650 * 24 * 3600);
-/// Certificates are valid a little before they are made, for clocks that are behind.
-const BACKDATE: Duration = Duration::from_secs(300);
 
 /// Why the CA cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +91,13 @@ pub struct Names {
 pub struct Issued {
     /// The certificate, DER.
     pub certificate: CertificateDer<'static>,
-    /// When it expires.
+    /// What leads from it to an older CA, while that is still trusted.
+    pub intermediates: Vec<CertificateDer<'static>>,
+    /// Which CA has signed it, as in a Site's status.
+    pub issuer: String,
+    /// From when on it is valid, whole seconds.
+    pub not_before: Timestamp,
+    /// When it expires, whole seconds.
     pub not_after: Timestamp,
     /// Serial number, hexadecimal.
     pub serial: String,
@@ -104,6 +110,10 @@ pub struct SitePeer {
     pub site: SiteName,
     /// UID of the Site object that the certificate was issued for: a Site made anew under the same name is another.
     pub uid: Uid,
+    /// The certificate's serial number, hexadecimal.
+    pub serial: String,
+    /// From when on the certificate is valid.
+    pub not_before: Timestamp,
     /// When the certificate expires.
     pub not_after: Timestamp,
 }
@@ -124,19 +134,11 @@ pub enum InvalidPeer {
 /// The CA. Clones share it.
 #[derive(Clone)]
 pub struct Authority {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
     domain: TrustDomain,
-    issuer: Issuer<'static, KeyPair>,
-    certificate: CertificateDer<'static>,
-    pin: String,
-}
-
-struct Material {
-    certificate_pem: String,
-    key_pem: String,
+    /// Replaced while a CA is rotated; who has made something of them watches.
+    keys: Arc<watch::Sender<Arc<Keys>>>,
+    clock: Arc<dyn Clock>,
+    life: Duration,
 }
 
 impl Authority {
@@ -154,7 +156,7 @@ impl Authority {
         let secret = match secrets.get_opt(CA_SECRET).await.map_err(api)? {
             Some(secret) => secret,
             None => {
-                let fresh = new_secret(namespace, domain, &generate(domain)?);
+                let fresh = Keys::generate(domain, SystemClock.now())?.to_secret(namespace);
                 match secrets.create(&PostParams::default(), &fresh).await {
                     Ok(secret) => {
                         tracing::info!(namespace, secret = CA_SECRET, "a new site CA was made");
@@ -168,115 +170,114 @@ impl Authority {
                 }
             }
         };
-        Self::from_secret(&secret, namespace, domain)
+        Ok(Self::of(Keys::from_secret(&secret, namespace, domain)?))
     }
 
-    fn from_secret(secret: &Secret, namespace: &str, domain: &TrustDomain) -> Result<Self, AuthorityError> {
-        let damaged = |reason: String| AuthorityError::Damaged {
-            namespace: namespace.to_owned(),
-            reason,
-        };
-        let text = |key: &str| {
-            let bytes = secret.data.as_ref().and_then(|data| data.get(key));
-            let bytes = bytes.ok_or_else(|| damaged(format!("the key {key} is missing")))?;
-            String::from_utf8(bytes.0.clone()).map_err(|_| damaged(format!("the key {key} is no text")))
-        };
-        let found = text("trust-domain")?;
-        if found != domain.as_str() {
-            return Err(AuthorityError::TrustDomain {
-                namespace: namespace.to_owned(),
-                found,
-                wanted: domain.clone(),
-            });
+    fn of(keys: Keys) -> Self {
+        Self {
+            domain: keys.domain.clone(),
+            keys: Arc::new(watch::Sender::new(Arc::new(keys))),
+            clock: Arc::new(SystemClock),
+            life: LEAF_LIFE,
         }
-        let material = Material {
-            certificate_pem: text("tls.crt")?,
-            key_pem: text("tls.key")?,
-        };
-        Self::from_material(&material, domain).map_err(|e| damaged(e.to_string()))
-    }
-
-    fn from_material(material: &Material, domain: &TrustDomain) -> Result<Self, AuthorityError> {
-        let key = KeyPair::from_pem(&material.key_pem)?;
-        let certificate = rustls_pemfile::certs(&mut material.certificate_pem.as_bytes())
-            .next()
-            .and_then(Result::ok)
-            .ok_or_else(|| AuthorityError::Tls("tls.crt holds no certificate".to_owned()))?;
-        let pin = public_key_pin(&certificate)
-            .ok_or_else(|| AuthorityError::Tls("tls.crt cannot be read".to_owned()))?;
-        // rcgen does not compare them, and whatever such a pair signs is trusted by nobody.
-        if hex(&Sha256::digest(key.subject_public_key_info())) != pin {
-            return Err(AuthorityError::Tls(
-                "tls.key is not the key of tls.crt".to_owned(),
-            ));
-        }
-        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
-        Ok(Self {
-            inner: Arc::new(Inner {
-                domain: domain.clone(),
-                issuer,
-                certificate,
-                pin,
-            }),
-        })
     }
 
     /// A CA that lives in memory only, for tests.
     #[cfg(test)]
     pub(crate) fn ephemeral(domain: &TrustDomain) -> Self {
-        Self::from_material(&generate(domain).unwrap(), domain).unwrap()
+        Self::of(Keys::generate(domain, Timestamp::now()).unwrap())
+    }
+
+    /// Takes other keys; everything that was made with the former ones is made anew.
+    pub(super) fn reload(&self, keys: Keys) {
+        self.keys.send_replace(Arc::new(keys));
+    }
+
+    /// The present keys.
+    pub(super) fn keys(&self) -> Arc<Keys> {
+        Arc::clone(&self.keys.borrow())
+    }
+
+    /// The same CA, which tells the time by that clock.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// The same CA, whose certificates for sites and for the provider live that long.
+    #[must_use]
+    pub fn with_life(mut self, life: Duration) -> Self {
+        self.life = life;
+        self
     }
 
     /// The trust domain of every certificate.
     pub fn trust_domain(&self) -> &TrustDomain {
-        &self.inner.domain
+        &self.domain
     }
 
-    /// The CA's certificate.
-    pub fn certificate(&self) -> &CertificateDer<'static> {
-        &self.inner.certificate
+    /// The CAs' certificates: whom sites must trust.
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.keys().roots().cloned().collect()
     }
 
     /// When the CA's own certificate expires.
     pub fn not_after(&self) -> Timestamp {
-        let seconds = x509_parser::parse_x509_certificate(&self.inner.certificate)
-            .map_or(0, |(_, certificate)| certificate.validity().not_after.timestamp());
-        Timestamp::from_second(seconds).unwrap_or(Timestamp::UNIX_EPOCH)
+        self.keys().current.not_after()
     }
 
-    /// SHA-256 of the CA's public key, for join tokens.
-    pub fn pin(&self) -> &str {
-        &self.inner.pin
+    /// SHA-256 of the public key of the CA that has signed the provider's certificate, for join tokens.
+    pub fn pin(&self) -> String {
+        self.keys().serving().pin.clone()
+    }
+
+    /// SHA-256 of the public key of a request whose signature is good.
+    pub fn request_key(csr_der: &[u8]) -> Result<String, AuthorityError> {
+        let request = read_request(csr_der)?;
+        let info = rcgen::PublicKeyData::subject_public_key_info(&request.public_key);
+        Ok(hex(&sha2::Digest::finalize(
+            <sha2::Sha256 as sha2::Digest>::new_with_prefix(info),
+        )))
     }
 
     /// Issues a certificate for a site. Takes the public key from the request, whose signature is checked, and nothing
     /// else.
     pub fn issue_site(&self, csr_der: &[u8], site: &SiteName, uid: &Uid) -> Result<Issued, AuthorityError> {
         let request = read_request(csr_der)?;
-        let id = SpiffeId::Site(self.inner.domain.clone(), site.clone());
-        let (mut params, serial, not_after) =
-            self.leaf(&id, site.as_str(), ExtendedKeyUsagePurpose::ClientAuth)?;
+        let id = SpiffeId::Site(self.domain.clone(), site.clone());
+        let Leaf {
+            mut params,
+            serial,
+            not_before,
+            not_after,
+        } = self.leaf(&id, site.as_str(), ExtendedKeyUsagePurpose::ClientAuth)?;
         // In the subject, because a SPIFFE certificate must not carry a second URI.
         params
             .distinguished_name
             .push(DnType::CustomDnType(SERIAL_NUMBER.to_vec()), uid.as_str());
-        let certificate = params.signed_by(&request.public_key, &self.inner.issuer)?;
+        let keys = self.keys();
+        let certificate = params.signed_by(&request.public_key, &keys.current.issuer)?;
         Ok(Issued {
             certificate: certificate.der().clone(),
+            intermediates: keys.old.iter().map(|old| old.cross.clone()).collect(),
+            issuer: keys.current.id().to_owned(),
+            not_before,
             not_after,
             serial,
         })
     }
 
-    /// The site that a verified client certificate names; `None` when the client showed none.
+    /// The site that a client certificate names whose chain was verified; `None` when the client showed none. Whether
+    /// the certificate is in time is for [`standing`](super::standing) to say.
     pub fn peer_site(&self, chain: &[CertificateDer<'_>]) -> Result<Option<SitePeer>, InvalidPeer> {
         let Some(leaf) = chain.first() else {
             return Ok(None);
         };
         match SpiffeId::from_certificate_der(leaf)? {
-            SpiffeId::Site(domain, site) if domain == self.inner.domain => {
-                let (uid, not_after) = site_uid(leaf).ok_or_else(|| InvalidPeer::NoUid(site.clone()))?;
-                Ok(Some(SitePeer { site, uid, not_after }))
+            SpiffeId::Site(domain, site) if domain == self.domain => {
+                let peer = site_peer(leaf, &site).ok_or_else(|| InvalidPeer::NoUid(site.clone()))?;
+                Ok(Some(peer))
             }
             other => Err(InvalidSpiffeId::Form(other.to_string()).into()),
         }
@@ -311,20 +312,30 @@ impl Authority {
         let (sender, receiver) = watch::channel(Arc::new(make(self)?));
         let authority = self.clone();
         tokio::spawn(async move {
-            let mut pause = LEAF_LIFE / 3 * 2;
+            let mut made = authority.clock.now();
+            let mut look = tokio::time::interval(LOOK);
+            let mut keys = authority.keys.subscribe();
+            look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
-                tokio::select! {
+                let other_keys = tokio::select! {
                     () = stop.cancelled() => return,
-                    () = tokio::time::sleep(pause) => {}
+                    _ = look.tick() => false,
+                    // The sender lives as long as `authority`.
+                    _ = keys.changed() => true,
+                };
+                let now = authority.clock.now();
+                // A clock that was set back would leave a certificate that is not valid yet.
+                let due = now < made || now.duration_since(made).unsigned_abs() >= authority.life / 3 * 2;
+                if !due && !other_keys {
+                    continue;
                 }
                 match make(&authority) {
                     Ok(config) => {
                         sender.send_replace(Arc::new(config));
-                        pause = LEAF_LIFE / 3 * 2;
+                        made = now;
                     }
                     Err(error) => {
-                        tracing::error!(%error, "the provider's certificate could not be renewed; it is tried again daily");
-                        pause = DAY;
+                        tracing::error!(%error, "the provider's certificate could not be renewed; it is tried again");
                     }
                 }
             }
@@ -334,20 +345,17 @@ impl Authority {
 
     fn link_config(&self, names: &Names) -> Result<ServerConfig, AuthorityError> {
         let (chain, key) = self.issue_provider(names)?;
-        let mut roots = RootCertStore::empty();
-        roots.add(self.inner.certificate.clone()).map_err(tls)?;
-        // Enrolment is open to clients without a certificate; every other call checks for one.
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), ring())
-            .allow_unauthenticated()
-            .build()
-            .map_err(tls)?;
+        let verifier = SiteVerifier::new(self.keys().roots(), ring()).map_err(tls)?;
         let mut config = ServerConfig::builder_with_provider(ring())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls)?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(Arc::new(verifier))
             .with_single_cert(chain, key)
             .map_err(tls)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
+        // A resumed session would bring a certificate that nobody has verified again.
+        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
         Ok(config)
     }
 
@@ -364,8 +372,9 @@ impl Authority {
         &self,
         names: &Names,
     ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), AuthorityError> {
-        let id = SpiffeId::Provider(self.inner.domain.clone());
-        let (mut params, _, _) = self.leaf(&id, "skerry-provider", ExtendedKeyUsagePurpose::ServerAuth)?;
+        let id = SpiffeId::Provider(self.domain.clone());
+        let Leaf { mut params, .. } =
+            self.leaf(&id, "skerry-provider", ExtendedKeyUsagePurpose::ServerAuth)?;
         for name in &names.dns {
             params
                 .subject_alt_names
@@ -375,9 +384,11 @@ impl Authority {
             .subject_alt_names
             .extend(names.ips.iter().copied().map(SanType::IpAddress));
         let key = KeyPair::generate()?;
-        let certificate = params.signed_by(&key, &self.inner.issuer)?;
+        let keys = self.keys();
+        let ca = keys.serving();
+        let certificate = params.signed_by(&key, &ca.issuer)?;
         // The CA travels along: a joining site knows only its pin.
-        let chain = vec![certificate.der().clone(), self.inner.certificate.clone()];
+        let chain = vec![certificate.der().clone(), ca.certificate.clone()];
         Ok((
             chain,
             PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der())),
@@ -389,26 +400,34 @@ impl Authority {
         id: &SpiffeId,
         common_name: &str,
         usage: ExtendedKeyUsagePurpose,
-    ) -> Result<(CertificateParams, String, Timestamp), AuthorityError> {
-        let now = SystemTime::now();
+    ) -> Result<Leaf, AuthorityError> {
+        let now = self.clock.now();
+        let (not_before, not_after) = (
+            whole_seconds(now, -seconds(CERTIFICATE_BACKDATE)),
+            whole_seconds(now, seconds(self.life)),
+        );
         let mut params = CertificateParams::default();
         params.distinguished_name = distinguished(common_name);
         params.subject_alt_names = vec![SanType::URI(id.to_string().try_into()?)];
-        params.not_before = (now - BACKDATE).into();
-        params.not_after = (now + LEAF_LIFE).into();
+        params.not_before = SystemTime::from(not_before).into();
+        params.not_after = SystemTime::from(not_after).into();
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![usage];
         params.use_authority_key_identifier_extension = true;
-        // A positive number of at most 20 bytes (RFC 5280 §4.1.2.2).
+        // A positive number of at most 20 bytes (RFC 5280 §4.1.2.2), whose digits are the same whoever reads them: DER
+        // leaves out a zero in front.
         let mut serial: [u8; 16] = rand::random();
-        serial[0] &= 0x7f;
+        serial[0] = serial[0] & 0x7f | 0x40;
         params.serial_number = Some(SerialNumber::from(serial.to_vec()));
-        let not_after = Timestamp::try_from(now + LEAF_LIFE).unwrap_or(Timestamp::MAX);
-        Ok((params, hex(&serial), not_after))
+        Ok(Leaf {
+            params,
+            serial: hex(&serial),
+            not_before,
+            not_after,
+        })
     }
 }
 
-/// The Site's UID in a certificate's subject, and when the certificate expires.
 /// Reads a certificate request and checks its signature.
 pub(crate) fn read_request(csr_der: &[u8]) -> Result<CertificateSigningRequestParams, rcgen::Error> {
     CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))
@@ -424,7 +443,16 @@ pub(crate) fn sample_request() -> Vec<u8> {
     make().unwrap_or_default()
 }
 
-fn site_uid(leaf: &[u8]) -> Option<(Uid, Timestamp)> {
+/// A certificate that is still to be signed.
+struct Leaf {
+    params: CertificateParams,
+    serial: String,
+    not_before: Timestamp,
+    not_after: Timestamp,
+}
+
+/// What a site's certificate says, the Site's UID in its subject included.
+fn site_peer(leaf: &[u8], site: &SiteName) -> Option<SitePeer> {
     let (_, certificate) = x509_parser::parse_x509_certificate(leaf).ok()?;
     let oid = x509_parser::oid_registry::OID_X509_SERIALNUMBER;
     let uid = certificate
@@ -434,50 +462,24 @@ fn site_uid(leaf: &[u8]) -> Option<(Uid, Timestamp)> {
         .as_str()
         .ok()?
         .to_owned();
-    let not_after = Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()?;
-    Some((Uid::from(uid), not_after))
-}
-
-fn generate(domain: &TrustDomain) -> Result<Material, AuthorityError> {
-    let now = SystemTime::now();
-    let mut params = CertificateParams::default();
-    params.distinguished_name = distinguished(&format!("Skerry site CA {domain}"));
-    params.subject_alt_names = vec![SanType::URI(format!("spiffe://{domain}").try_into()?)];
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.not_before = (now - BACKDATE).into();
-    params.not_after = (now + CA_LIFE).into();
-    let key = KeyPair::generate()?;
-    let certificate = params.self_signed(&key)?;
-    Ok(Material {
-        certificate_pem: certificate.pem(),
-        key_pem: key.serialize_pem(),
+    let time = |t: x509_parser::time::ASN1Time| Timestamp::from_second(t.timestamp()).ok();
+    Some(SitePeer {
+        site: site.clone(),
+        uid: Uid::from(uid),
+        serial: hex(certificate.raw_serial()),
+        not_before: time(certificate.validity().not_before)?,
+        not_after: time(certificate.validity().not_after)?,
     })
 }
 
-fn new_secret(namespace: &str, domain: &TrustDomain, material: &Material) -> Secret {
-    let data = [
-        ("tls.crt", material.certificate_pem.as_str()),
-        ("tls.key", material.key_pem.as_str()),
-        ("trust-domain", domain.as_str()),
-    ];
-    Secret {
-        metadata: kube::api::ObjectMeta {
-            name: Some(CA_SECRET.to_owned()),
-            namespace: Some(namespace.to_owned()),
-            labels: Some(BTreeMap::from([(
-                "app.kubernetes.io/part-of".to_owned(),
-                "skerry".to_owned(),
-            )])),
-            ..Default::default()
-        },
-        type_: Some("edge.skerry.dev/ca".to_owned()),
-        data: Some(
-            data.map(|(key, text)| (key.to_owned(), ByteString(text.as_bytes().to_vec())))
-                .into(),
-        ),
-        ..Default::default()
-    }
+fn seconds(duration: Duration) -> SignedDuration {
+    SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX)
+}
+
+/// A certificate knows whole seconds only.
+fn whole_seconds(now: Timestamp, later: SignedDuration) -> Timestamp {
+    let at = now.saturating_add(later).unwrap_or(Timestamp::MAX);
+    Timestamp::from_second(at.as_second()).unwrap_or(at)
 }
 
 fn distinguished(common_name: &str) -> DistinguishedName {
@@ -532,10 +534,24 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!((peer.site.as_str(), &peer.uid), ("harbour", &uid()));
-        // A certificate knows whole seconds only.
-        assert_eq!(peer.not_after.as_second(), issued.not_after.as_second());
+        assert_eq!(
+            (&peer.serial, peer.not_before, peer.not_after),
+            (&issued.serial, issued.not_before, issued.not_after)
+        );
         assert!(!issued.certificate.windows(12).any(|w| w == b"evil.example"));
         assert!(!issued.certificate.windows(14).any(|w| w == b"system:masters"));
+    }
+
+    #[test]
+    fn the_serial_number_on_record_is_the_one_in_the_certificate() {
+        let authority = Authority::ephemeral(&domain());
+        for _ in 0..600 {
+            let issued = authority
+                .issue_site(&request(), &"harbour".parse().unwrap(), &uid())
+                .unwrap();
+            let peer = authority.peer_site(&[issued.certificate]).unwrap().unwrap();
+            assert_eq!(peer.serial, issued.serial);
+        }
     }
 
     #[test]
@@ -567,26 +583,30 @@ mod tests {
         let authority = Authority::ephemeral(&domain());
         let site: SiteName = "harbour".parse().unwrap();
         let id = SpiffeId::Site(domain(), site.clone());
-        let (params, ..) = authority
+        let Leaf { params, .. } = authority
             .leaf(&id, site.as_str(), ExtendedKeyUsagePurpose::ClientAuth)
             .unwrap();
         let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &authority.inner.issuer).unwrap();
+        let certificate = params.signed_by(&key, &authority.keys().current.issuer).unwrap();
         let refused = authority.peer_site(&[certificate.der().clone()]);
         assert_eq!(refused, Err(InvalidPeer::NoUid(site)));
     }
 
     #[test]
     fn a_secret_of_another_trust_domain_or_whose_parts_do_not_fit_is_refused() {
-        let secret = new_secret("ns", &domain(), &generate(&domain()).unwrap());
-        assert!(Authority::from_secret(&secret, "ns", &domain()).is_ok());
-        let other = Authority::from_secret(&secret, "ns", &"other.example".parse().unwrap());
+        let fresh = || {
+            Keys::generate(&domain(), Timestamp::now())
+                .unwrap()
+                .to_secret("ns")
+        };
+        let secret = fresh();
+        assert!(Keys::from_secret(&secret, "ns", &domain()).is_ok());
+        let other = Keys::from_secret(&secret, "ns", &"other.example".parse().unwrap());
         assert!(matches!(other, Err(AuthorityError::TrustDomain { .. })));
         let mut mixed = secret.clone();
-        let other = new_secret("ns", &domain(), &generate(&domain()).unwrap());
-        let key = other.data.unwrap()["tls.key"].clone();
+        let key = fresh().data.unwrap()["tls.key"].clone();
         mixed.data.as_mut().unwrap().insert("tls.key".to_owned(), key);
-        let error = Authority::from_secret(&mixed, "ns", &domain()).err().unwrap();
+        let error = Keys::from_secret(&mixed, "ns", &domain()).err().unwrap();
         assert!(
             error.to_string().contains("tls.key is not the key of tls.crt"),
             "{error}"
@@ -594,7 +614,7 @@ mod tests {
         let mut broken = secret;
         broken.data.as_mut().unwrap().remove("tls.key");
         assert!(matches!(
-            Authority::from_secret(&broken, "ns", &domain()),
+            Keys::from_secret(&broken, "ns", &domain()),
             Err(AuthorityError::Damaged { .. })
         ));
     }

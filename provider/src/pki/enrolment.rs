@@ -1,4 +1,4 @@
-//! Enrolment and renewal over gRPC.
+//! Enrolment over gRPC.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -7,14 +7,14 @@ use jiff::Timestamp;
 use kube::Client;
 use serde_json::json;
 use skerry_proto::SiteName;
-use skerry_proto::link::{JoinRequest, JoinResponse, RenewRequest, enrolment_server};
+use skerry_proto::link::{JoinRequest, JoinResponse, enrolment_server};
 use skerry_proto::object::Uid;
 use skerry_proto::token::JoinToken;
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use super::tokens::{self, TokenError};
-use super::{Authority, Issued, SitePeer};
+use super::{Authority, CertificateRecord, Issued, approval};
 use crate::sites;
 
 /// Largest certificate request taken.
@@ -95,9 +95,11 @@ impl EnrolmentService {
             .await
             .map_err(refusal)?;
         // Only who holds a good token learns whether there is such a Site.
-        let Some(uid) = sites::uid(&self.client, &token.site)
+        let found = sites::get(&self.client, &token.site)
             .await
-            .map_err(|e| unavailable(&e))?
+            .map_err(|e| unavailable(&e))?;
+        let Some((uid, declared)) =
+            found.and_then(|site| Some((Uid::from(site.metadata.uid.clone()?), site.data)))
         else {
             return Err(Status::failed_precondition(
                 TokenError::NoSite(token.site).to_string(),
@@ -105,6 +107,16 @@ impl EnrolmentService {
         };
         if presented.site_uid() != uid {
             return Err(refusal(TokenError::EarlierSite(token.site)));
+        }
+        if request.csr_der.len() > MAX_CSR_BYTES {
+            return Err(Status::invalid_argument("the certificate request is too large"));
+        }
+        let key = Authority::request_key(&request.csr_der)
+            .map_err(|e| Status::invalid_argument(format!("the certificate request cannot be read: {e}")))?;
+        if approval::waits(&declared["spec"], &key) {
+            return self
+                .wait_for_approval(&token.site, &declared["status"], key)
+                .await;
         }
         // Before the token is used up: a request that cannot be signed should not cost it.
         let issued = issue(&self.authority, &request.csr_der, &token.site, &uid)?;
@@ -115,13 +127,33 @@ impl EnrolmentService {
         tracing::info!(site = %token.site, serial = %issued.serial, "a site was enrolled");
         let status = json!({
             "state": "Enrolled",
-            "certificate": {"notAfter": issued.not_after, "serial": issued.serial},
+            "enrolment": null,
+            "certificate": CertificateRecord::new(&issued, None).to_json(),
         });
         if let Err(error) = sites::patch_status(&self.client, &token.site, status).await {
             // The certificate is issued and the token used: the status follows with the first connection.
             tracing::warn!(site = %token.site, %error, "the Site's status was not updated after its enrolment");
         }
         Ok(answer(&self.authority, &issued))
+    }
+
+    /// Shows the key to whoever approves.
+    async fn wait_for_approval(
+        &self,
+        site: &SiteName,
+        status: &serde_json::Value,
+        key: String,
+    ) -> Result<JoinResponse, Status> {
+        if let Some(shown) = approval::request(status, &key, Timestamp::now()) {
+            tracing::info!(%site, key, "a machine waits for its approval");
+            sites::patch_status(&self.client, site, shown)
+                .await
+                .map_err(|e| unavailable(&e))?;
+        }
+        Ok(JoinResponse {
+            waiting_key: key,
+            ..Default::default()
+        })
     }
 
     fn throttle(&self) -> Result<(), Status> {
@@ -160,24 +192,12 @@ impl enrolment_server::Enrolment for EnrolmentService {
     }
 }
 
-/// Issues a new certificate for the site that the presented one names.
-pub async fn renew(
+pub(super) fn issue(
     authority: &Authority,
-    client: &Client,
-    peer: &SitePeer,
-    request: &RenewRequest,
-) -> Result<JoinResponse, Status> {
-    let site = &peer.site;
-    let issued = issue(authority, &request.csr_der, site, &peer.uid)?;
-    tracing::info!(%site, serial = %issued.serial, "a site's certificate was renewed");
-    let status = json!({"certificate": {"notAfter": issued.not_after, "serial": issued.serial}});
-    if let Err(error) = sites::patch_status(client, site, status).await {
-        tracing::warn!(%site, %error, "the Site's status does not show its new certificate yet");
-    }
-    Ok(answer(authority, &issued))
-}
-
-fn issue(authority: &Authority, csr_der: &[u8], site: &SiteName, uid: &Uid) -> Result<Issued, Status> {
+    csr_der: &[u8],
+    site: &SiteName,
+    uid: &Uid,
+) -> Result<Issued, Status> {
     if csr_der.len() > MAX_CSR_BYTES {
         return Err(Status::invalid_argument("the certificate request is too large"));
     }
@@ -186,11 +206,15 @@ fn issue(authority: &Authority, csr_der: &[u8], site: &SiteName, uid: &Uid) -> R
     })
 }
 
-fn answer(authority: &Authority, issued: &Issued) -> JoinResponse {
+pub(super) fn answer(authority: &Authority, issued: &Issued) -> JoinResponse {
     JoinResponse {
-        certificates_der: vec![issued.certificate.to_vec().into()],
-        roots_der: vec![authority.certificate().to_vec().into()],
+        certificates_der: std::iter::once(&issued.certificate)
+            .chain(&issued.intermediates)
+            .map(|der| der.to_vec().into())
+            .collect(),
+        roots_der: authority.roots().iter().map(|der| der.to_vec().into()).collect(),
         trust_domain: authority.trust_domain().to_string(),
+        waiting_key: String::new(),
     }
 }
 

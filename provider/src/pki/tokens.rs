@@ -92,7 +92,7 @@ impl Maker {
             site: site.clone(),
             id: hex(&rand::random::<[u8; 6]>()),
             secret: hex(&rand::random::<[u8; 16]>()),
-            pin: self.authority.pin().to_owned(),
+            pin: self.authority.pin(),
         };
         let life = SignedDuration::try_from(self.life).unwrap_or(SignedDuration::MAX);
         let expires = now.saturating_add(life).unwrap_or(Timestamp::MAX);

@@ -85,6 +85,7 @@ impl Fleet {
                     data_dir: plan.dir.join(&name),
                     force: false,
                     proxies: Default::default(),
+                    waits: |_, _| {},
                 };
                 async move {
                     join(&options)

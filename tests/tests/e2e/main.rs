@@ -11,6 +11,7 @@ mod details;
 mod devices;
 mod duties;
 mod enrolment;
+mod identity;
 mod images;
 mod kubelet_api;
 mod lifecycle;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         store::scenarios(),
         local::scenarios(),
         enrolment::scenarios(),
+        identity::scenarios(),
         lifecycle::scenarios(),
         pods::scenarios(),
         resources::scenarios(),

@@ -133,8 +133,7 @@ impl Probers {
                 if self.tasks.get(&key).is_some_and(|asked| asked.id == id) {
                     continue;
                 }
-                let up =
-                    Duration::try_from(self.shared.clock.now().duration_since(since)).unwrap_or_default();
+                let up = self.shared.clock.elapsed(since);
                 let left = Rules::of(probe).initial_delay.saturating_sub(up);
                 let begin = if !left.is_zero() {
                     Begin::After(left)
