@@ -134,6 +134,11 @@ impl Facts<'_> {
         if !self.link.drops.is_empty() {
             set("drops", drops(&self.link.drops));
         }
+        // The use alone travels with `lastSeen`.
+        let link = link_use(self.link);
+        if link["deferring"] != current["link"]["deferring"] {
+            status.insert("link".to_owned(), link);
+        }
         status
     }
 }
@@ -225,6 +230,19 @@ mod tests {
         };
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
         assert_eq!(names, ["lastSeen", "link", "pods"]);
+    }
+
+    #[tokio::test]
+    async fn a_link_that_begins_to_rest_is_told_at_once_and_its_mere_use_is_not() {
+        let status = SiteStatus::default();
+        let mut link = online();
+        link.used_today = 7;
+        assert_eq!(look(&status, &site("1", told(1)), &link, 1), Look::Same);
+        link.deferring = heartbeat::Deferring::QuietHours;
+        let Look::Write(fields) = look(&status, &site("1", told(1)), &link, 1) else {
+            panic!("nothing is written")
+        };
+        assert_eq!(fields["link"], json!({"usedToday": 7, "deferring": "QuietHours"}));
     }
 
     #[tokio::test]

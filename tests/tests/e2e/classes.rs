@@ -1,7 +1,9 @@
 //! Heartbeat classes: what a Site's class changes, and where it shows.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use skerry_tests::cluster::http_get;
+use skerry_tests::kubectl::condition;
+use skerry_tests::pods::ready;
 use skerry_tests::runner::{Scenario, Test};
 use skerry_tests::site::Site;
 use skerry_tests::wait::{SOON, eventually, same};
@@ -13,6 +15,11 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
             class_changes,
         ),
         Scenario::once("a class that does not exist is refused by name", unknown_class),
+        Scenario::once(
+            "a link whose budget is used up lets all wait that can, and says so",
+            used_up,
+        ),
+        Scenario::once("a Node that was deleted comes back by itself", deleted_node),
     ]
     .into_iter()
     .flatten()
@@ -90,4 +97,74 @@ fn unknown_class(t: &Test<'_>) {
         refused.contains("spec.class") && refused.contains("best-effort"),
         "{refused}"
     );
+}
+
+fn used_up(t: &Test<'_>) {
+    let site = t.own_site();
+    let dir = tempfile::tempdir().unwrap();
+    for (name, class) in [("vital", "critical"), ("usual", "standard")] {
+        std::fs::write(dir.path().join(name), "").unwrap();
+        let spec = json!({
+            "containers": [{
+                "command": ["sh", "-c", "echo here; sleep 10000"],
+                "readinessProbe": {
+                    "exec": {"command": ["test", "-e", format!("/h/{name}")]}, "periodSeconds": 1, "failureThreshold": 1,
+                },
+                "volumeMounts": [{"name": "h", "mountPath": "/h"}],
+            }],
+            "volumes": [{"name": "h", "hostPath": {"path": dir.path()}}],
+        });
+        let mut pod: Value = serde_json::from_str(&site.pod(name, spec)).unwrap();
+        pod["metadata"]["annotations"] = json!({"edge.skerry.dev/class": class});
+        t.kubectl.apply(&pod.to_string());
+    }
+    for pod in ["vital", "usual"] {
+        ready(&t.kubectl, pod);
+    }
+    let budget = |budget: &str| {
+        let patch = format!(r#"{{"spec": {{"link": {{"dailyBudget": {budget}}}}}}}"#);
+        t.kubectl
+            .run(&["patch", "site", site.name(), "--type", "merge", "-p", &patch]);
+    };
+    budget("\"1\"");
+    eventually(SOON, "the Site says so", || {
+        let link = &t.kubectl.get("site", site.name())?["status"]["link"];
+        same(link["deferring"].as_str(), Some("Budget"))?;
+        if link["usedToday"].as_u64() > Some(1) {
+            Ok(())
+        } else {
+            Err(link.to_string())
+        }
+    });
+    let is_ready = |pod: &str, wanted: &str| {
+        let pod = t.kubectl.get("pod", pod)?;
+        same(condition(&pod, "Ready")["status"].as_str(), Some(wanted))
+    };
+    std::fs::remove_file(dir.path().join("usual")).unwrap();
+    std::fs::remove_file(dir.path().join("vital")).unwrap();
+    eventually(SOON, "what is critical passes", || is_ready("vital", "False"));
+    assert_eq!(is_ready("usual", "True"), Ok(()), "what can wait went first");
+    let refused = t.kubectl.attempt(&["logs", "usual"]).unwrap_err();
+    assert!(refused.contains("budget"), "{refused}");
+    assert_eq!(t.kubectl.attempt(&["logs", "vital"]).as_deref(), Ok("here\n"));
+    budget("null");
+    eventually(SOON, "what waited goes out", || is_ready("usual", "False"));
+    eventually(SOON, "the Site says so", || {
+        let link = &t.kubectl.get("site", site.name())?["status"]["link"];
+        same(&link["deferring"], &Value::Null)
+    });
+}
+
+fn deleted_node(t: &Test<'_>) {
+    let mut site = t.own_site();
+    let before = t.kubectl.get("node", site.name()).unwrap();
+    t.kubectl.run(&["delete", "node", site.name()]);
+    eventually(SOON, "another Node is there", || {
+        let node = t.kubectl.get("node", site.name())?;
+        if node["metadata"]["uid"] == before["metadata"]["uid"] {
+            return Err("it is the same".to_owned());
+        }
+        Ok(())
+    });
+    site.wait_ready();
 }
