@@ -23,11 +23,14 @@ pub(super) fn set_up(facts: &Facts<'_>, source: &EmptyDirVolumeSource, path: &Pa
     }
     let mut fresh = !path.exists();
     make_dir(path).map_err(words)?;
+    let mut mode = 0o777;
     if medium == "Memory" && is_root() {
+        // As a tmpfs is made: who may write here may not remove what others have.
+        mode = 0o1777;
         fresh |= tmpfs(path, memory_size(facts, source)).map_err(words)?;
     }
     if fresh {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).map_err(words)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(words)?;
         if let Some(group) = FsGroup::of(facts.pod) {
             group.apply(path, false).map_err(words)?;
         }
