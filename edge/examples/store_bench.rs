@@ -1,8 +1,7 @@
 //! Fills a data directory with the metadata of thousands of pods and measures the store, for `hack/bench store`.
 //!
-//! `store_bench DIR PODS RUN MARKS`: PODS pods as an API server gives them (4 to 6 KB of JSON), each with a token, and 200
-//! ConfigMaps and Secrets to which they refer. The first RUN by UID write the time into a file in MARKS when they start.
-//! Prints Markdown rows.
+//! `store_bench DIR PODS`: PODS pods as an API server gives them (4 KB of JSON), each with a token, and 200 ConfigMaps and
+//! Secrets to which they refer. Prints Markdown rows.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
 use std::path::Path;
@@ -19,15 +18,15 @@ const SHARED: usize = 200;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [dir, pods, run, marks] = &args[..] else {
-        panic!("store_bench DIR PODS RUN MARKS");
+    let [dir, pods] = &args[..] else {
+        panic!("store_bench DIR PODS");
     };
-    let (pods, run): (usize, usize) = (pods.parse().unwrap(), run.parse().unwrap());
+    let pods: usize = pods.parse().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    runtime.block_on(measure(Path::new(dir), pods, run, marks));
+    runtime.block_on(measure(Path::new(dir), pods));
 }
 
-async fn measure(dir: &Path, pods: usize, run: usize, marks: &str) {
+async fn measure(dir: &Path, pods: usize) {
     let store = Store::open(dir).unwrap();
     let (mut objects, mut raw, mut packed) = (Vec::new(), 0, 0);
     for number in 0..SHARED {
@@ -36,7 +35,7 @@ async fn measure(dir: &Path, pods: usize, run: usize, marks: &str) {
         objects.push(upsert(Kind::Secret, &secret));
     }
     for number in 0..pods {
-        let pod = pod(number, number < run, marks);
+        let pod = pod(number);
         raw += pod.to_string().len();
         objects.push(upsert(Kind::Pod, &pod));
         objects.push(token(number));
@@ -205,7 +204,7 @@ fn config_map(number: usize) -> Value {
 fn secret(number: usize) -> Value {
     json!({"apiVersion": "v1", "kind": "Secret", "type": "Opaque",
         "metadata": {"name": format!("login-{number}"), "namespace": namespace(number), "uid": format!("s-{number}")},
-        "data": {"password": format!("c2VjcmV0LW51bWJlci{number:08}")}})
+        "data": {"password": "c2VjcmV0LW51bWJlcg=="}})
 }
 
 fn token(number: usize) -> Upsert {
@@ -222,12 +221,8 @@ fn token(number: usize) -> Upsert {
     }
 }
 
-fn pod(number: usize, runs: bool, marks: &str) -> Value {
+fn pod(number: usize) -> Value {
     let (name, namespace) = (name(number), namespace(number));
-    let script = match runs {
-        true => format!("date +%s%N > {marks}/{name}; exec sleep 100000"),
-        false => "exec sleep 100000".to_owned(),
-    };
     let probe = json!({"httpGet": {"path": "/healthz", "port": 8080, "scheme": "HTTP"}, "initialDelaySeconds": 100_000,
         "timeoutSeconds": 3, "periodSeconds": 10, "successThreshold": 1, "failureThreshold": 3});
     let from = |key: &str| {
@@ -264,7 +259,7 @@ fn pod(number: usize, runs: bool, marks: &str) -> Value {
                 {"key": "node.kubernetes.io/unreachable", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300}],
             "containers": [{
                 "name": "collector", "image": "registry.example/plant/collector:4.2.1", "imagePullPolicy": "IfNotPresent",
-                "command": ["sh", "-c", script],
+                "command": ["sh", "-c", "exec sleep 100000"],
                 "env": [from("mode"), from("broker"), from("interval"), {"name": "LINE", "value": format!("line-{number}")},
                     {"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": format!("login-{}", number % SHARED),
                         "key": "password", "optional": true}}},

@@ -85,6 +85,8 @@ pub const TARGETS: [Target; 10] = [
             vec![
                 vec![0, 0, 0, 0, 0, 7, 1, 3, 4, 0, 241, 0, 7],
                 vec![0, 0, 0, 0, 0, 3, 1, 0x83, 2],
+                // An answer without any bits; it made tokio-modbus assert.
+                vec![0, 0, 0, 0, 0, 7, 1, 3, 4, 0, 241, 0, 7, 0, 1, 0, 0, 0, 3, 1, 1, 0],
             ]
         },
     },

@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use skerry_proto::device::{Endpoint, ModbusAddress, ModbusTable, QualityReason};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use tokio_modbus::client::{Client, Context, Reader, tcp};
-use tokio_modbus::{ExceptionCode, Slave, slave::SlaveContext};
+use tokio_modbus::client::{Client, Context, tcp};
+use tokio_modbus::{ExceptionCode, Request, Response, Slave, slave::SlaveContext};
 
 use super::{Batch, BusError, Driver, PointError, Raw};
 
@@ -59,23 +59,23 @@ impl Modbus {
             address,
             count,
         } = span;
-        let answer = timeout(limit, async {
-            Ok::<_, tokio_modbus::Error>(match table {
-                ModbusTable::Coil => context.read_coils(address, count).await?.map(Raw::Bits),
-                ModbusTable::Discrete => context.read_discrete_inputs(address, count).await?.map(Raw::Bits),
-                ModbusTable::Input => context
-                    .read_input_registers(address, count)
-                    .await?
-                    .map(Raw::Words),
-                ModbusTable::Holding => context
-                    .read_holding_registers(address, count)
-                    .await?
-                    .map(Raw::Words),
-            })
-        })
-        .await;
+        // Not by the methods of `Reader`: they assert that the server has sent as much as it was asked for.
+        let request = match table {
+            ModbusTable::Coil => Request::ReadCoils(address, count),
+            ModbusTable::Discrete => Request::ReadDiscreteInputs(address, count),
+            ModbusTable::Input => Request::ReadInputRegisters(address, count),
+            ModbusTable::Holding => Request::ReadHoldingRegisters(address, count),
+        };
+        let answer = timeout(limit, context.call(request)).await;
         match answer {
-            Ok(Ok(result)) => Ok(result),
+            Ok(Ok(Err(code))) => Ok(Err(code)),
+            Ok(Ok(Ok(Response::ReadCoils(bits) | Response::ReadDiscreteInputs(bits)))) => {
+                Ok(Ok(Raw::Bits(bits)))
+            }
+            Ok(Ok(Ok(Response::ReadInputRegisters(words) | Response::ReadHoldingRegisters(words)))) => {
+                Ok(Ok(Raw::Words(words)))
+            }
+            Ok(Ok(Ok(_))) => Err(self.error(QualityReason::CommFailure, "it answers another question")),
             Ok(Err(error)) => Err(self.error(QualityReason::CommFailure, error)),
             Err(_) => Err(self.error(QualityReason::Timeout, format_args!("no answer within {limit:?}"))),
         }
