@@ -191,13 +191,14 @@ impl Uplink {
 
     /// Bytes that the line has carried so far: up and down, headers included.
     pub fn carried(&self) -> (u64, u64) {
-        let read = |name: &str| {
-            std::fs::read_to_string(format!("/sys/class/net/{}/statistics/{name}", self.outside()))
-                .ok()
-                .and_then(|text| text.trim().parse().ok())
-                .unwrap_or(0)
-        };
-        (read("rx_bytes"), read("tx_bytes"))
+        // Not /sys, which shows the network of whoever mounted it.
+        let all = std::fs::read_to_string("/proc/net/dev").unwrap_or_default();
+        let own = format!("{}:", self.outside());
+        let line = all.lines().find_map(|line| line.trim_start().strip_prefix(&own));
+        let mut columns = line.unwrap_or_default().split_whitespace();
+        let mut column = |skipped: usize| columns.nth(skipped).and_then(|n| n.parse().ok()).unwrap_or(0);
+        // Received bytes, seven more columns, sent bytes.
+        (column(0), column(7))
     }
 
     fn filter(&self, way: Way, action: &str, matching: &str) {
