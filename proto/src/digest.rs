@@ -209,7 +209,7 @@ impl Buckets {
 
 /// Into how many buckets a digest from the link is divided; `None` when it is malformed.
 pub fn buckets_of(digest: &GroupDigest) -> Option<u32> {
-    if digest.sum.len() != 16 || digest.buckets.len() % 8 != 0 {
+    if digest.sum.len() != 16 || !digest.buckets.len().is_multiple_of(8) {
         return None;
     }
     let of = u32::try_from(digest.buckets.len() / 8).ok()?.max(1);
