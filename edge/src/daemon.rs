@@ -151,6 +151,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
         boot_id: boot_id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: store.begin_life()?,
+        instance: uuid::Uuid::new_v4().to_string(),
     };
     let link = Link::new(
         store.clone(),

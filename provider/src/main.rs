@@ -26,11 +26,29 @@ fn main() -> ExitCode {
     };
     match runtime.block_on(dispatch(cli)) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Server(ServerError::Restored)) => start_anew(),
         Err(failure) => {
             eprintln!("skerry-provider: {failure}");
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+/// Replaces this process by a new one of the same program and arguments: with no memory, and without asking whoever
+/// supervises it. Returns only when that fails.
+fn start_anew() -> ExitCode {
+    use std::os::unix::process::CommandExt;
+    tracing::warn!("the cluster was restored from an older backup; the provider starts anew, without memory");
+    let failed = match std::env::current_exe() {
+        Ok(program) => std::process::Command::new(program)
+            .args(std::env::args_os().skip(1))
+            .exec(),
+        Err(error) => error,
+    };
+    eprintln!(
+        "skerry-provider: the cluster was restored from an older backup, and the program cannot be started anew: {failed}"
+    );
+    ExitCode::from(1)
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -84,6 +84,8 @@ pub struct Metrics {
     certificates: Family<CertificateLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
     /// Sites among `certificates`.
     site_certificates: Mutex<BTreeSet<String>>,
+    synced: Family<SiteLabels, Gauge>,
+    divergences: Family<SiteLabels, Counter>,
     /// Sessions begun since the start.
     pub sessions: Counter,
     /// Sites that were told to come back later, because too many came at once.
@@ -179,6 +181,18 @@ impl Metrics {
             "Days until the certificate expires, negative when it has",
             certificates.clone(),
         );
+        let synced = Family::<SiteLabels, Gauge>::default();
+        registry.register(
+            "skerry_link_synced_timestamp_seconds",
+            "When the site's store was last shown to hold what it should, seconds since 1970",
+            synced.clone(),
+        );
+        let divergences = Family::<SiteLabels, Counter>::default();
+        registry.register(
+            "skerry_link_divergences",
+            "How often the site's store was found to hold something else than it should",
+            divergences.clone(),
+        );
         let sessions = Counter::default();
         registry.register(
             "skerry_sessions",
@@ -212,6 +226,8 @@ impl Metrics {
             requests,
             certificates,
             site_certificates: Mutex::default(),
+            synced,
+            divergences,
             sessions,
             link_shed,
             link_refused,
@@ -303,19 +319,28 @@ impl Metrics {
         self.deferring.get_or_create(&labels).set(i64::from(deferring));
     }
 
+    /// Notes that the site's store was shown to hold what it should.
+    pub fn set_synced(&self, site: &SiteName, at: jiff::Timestamp) {
+        self.synced.get_or_create(&labels(site)).set(at.as_second());
+    }
+
+    /// Counts that the site's store holds something else than it should.
+    pub fn count_divergence(&self, site: &SiteName) {
+        self.divergences.get_or_create(&labels(site)).inc();
+    }
+
     /// Drops what was said of a site that was deleted.
     pub fn forget_site(&self, site: &SiteName) {
+        let labels = labels(site);
         for gauge in [&self.saturated, &self.shed, &self.used_today, &self.deferring] {
-            gauge.remove(&SiteLabels {
-                node: site.to_string(),
-            });
+            gauge.remove(&labels);
         }
         for class in Class::ALL {
             self.info.remove(&InfoLabels::of(site, class));
         }
-        self.node_status.remove(&SiteLabels {
-            node: site.to_string(),
-        });
+        self.node_status.remove(&labels);
+        self.synced.remove(&labels);
+        self.divergences.remove(&labels);
     }
 
     /// Notes an answer of the Kubernetes API; `code` is 0 when none came.
@@ -354,5 +379,11 @@ impl Metrics {
                 certificate: name.to_owned(),
             })
             .set(days);
+    }
+}
+
+fn labels(site: &SiteName) -> SiteLabels {
+    SiteLabels {
+        node: site.to_string(),
     }
 }

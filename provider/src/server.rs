@@ -72,6 +72,9 @@ pub enum ServerError {
     /// The metrics port is taken.
     #[error(transparent)]
     Metrics(#[from] ListenError),
+    /// The cluster's past is another: nothing that this process remembers of it may survive. Start it again.
+    #[error("the cluster was restored from an older backup")]
+    Restored,
     /// The client CA file.
     #[error("the kubelet client CA cannot be read: {0}")]
     ClientCa(String),
@@ -240,6 +243,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         tunnels,
         reviews: Arc::new(KubeReviews::new(client.clone())),
     };
+    let watched = client.clone();
     let mut rooms = JoinSet::new();
     rooms.spawn(rotation::tend(
         rotation::Tending {
@@ -293,14 +297,24 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServerEr
         )
         .serve_with_incoming_shutdown(connections, link_stop.clone().cancelled_owned());
     let link = tokio::spawn(server);
-    stop.cancelled().await;
-    sessions.dismiss_all("the provider is stopping");
+    let restored = tokio::select! {
+        () = stop.cancelled() => false,
+        () = cluster::restored(watched) => true,
+    };
+    sessions.dismiss_all(if restored {
+        "the cluster was restored from an older backup; the provider starts anew"
+    } else {
+        "the provider is stopping"
+    });
     tokio::time::sleep(FAREWELL).await;
     link_stop.cancel();
     // Streams of sites that do not read their goodbye must not hold up the end.
     link.abort();
     rooms.shutdown().await;
     metrics_task.abort();
+    if restored {
+        return Err(ServerError::Restored);
+    }
     tracing::info!("the provider has stopped");
     Ok(())
 }

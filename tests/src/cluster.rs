@@ -21,6 +21,8 @@ pub struct Cluster {
     provider: Option<Daemon>,
     link: SocketAddr,
     metrics: SocketAddr,
+    /// The bridge with the Nodes' address is its own.
+    owns_interface: bool,
 }
 
 impl Cluster {
@@ -34,6 +36,16 @@ impl Cluster {
         // Two runs at one time need two.
         let dir = std::env::var_os("SKERRY_E2E_DIR").map_or_else(|| target.join("e2e"), PathBuf::from);
         remove_leftovers(&dir);
+        Self::start_in(dir, true)
+    }
+
+    /// Another control plane with a provider, for a scenario that would spoil the shared one. Its Nodes have no ports of
+    /// their own.
+    pub fn another(&self, name: &str) -> Self {
+        Self::start_in(self.dir.join(name), false)
+    }
+
+    fn start_in(dir: PathBuf, owns_interface: bool) -> Self {
         std::fs::create_dir_all(dir.join("sites")).expect("the state directory can be made");
 
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
@@ -46,6 +58,7 @@ impl Cluster {
             provider: None,
             link,
             metrics,
+            owns_interface,
         };
         hack("control-plane/up", &[path(&cluster.dir.join("control-plane"))]);
         cluster
@@ -164,6 +177,31 @@ impl Cluster {
         std::fs::write(file, text).expect("the kubeconfig can be written");
     }
 
+    /// Copies what etcd holds. The control plane is down meanwhile.
+    pub fn back_up(&self) {
+        self.swap_etcd(&[("etcd", "etcd.backup")]);
+    }
+
+    /// Puts back what etcd held at the last [`Cluster::back_up`].
+    pub fn restore(&self) {
+        self.swap_etcd(&[("etcd.backup", "etcd")]);
+    }
+
+    fn swap_etcd(&self, copies: &[(&str, &str)]) {
+        let dir = self.dir.join("control-plane");
+        hack("control-plane/down", &[path(&dir)]);
+        for (from, to) in copies {
+            let _ = std::fs::remove_dir_all(dir.join(to));
+            let copied = Command::new("cp")
+                .arg("-a")
+                .args([dir.join(from), dir.join(to)])
+                .output()
+                .expect("cp runs");
+            assert!(copied.status.success(), "cp {from} {to}: {}", text(&copied));
+        }
+        hack("control-plane/up", &[path(&dir)]);
+    }
+
     /// `kill -9` of the provider.
     pub fn kill_provider(&mut self) {
         if let Some(provider) = self.provider.take() {
@@ -185,7 +223,11 @@ impl Cluster {
     /// # Panics
     /// When it does not become ready.
     pub fn start_provider(&mut self) {
-        let node_address = make_node_address();
+        let node_address = if self.owns_interface {
+            make_node_address()
+        } else {
+            node_address()
+        };
         let kubelet = SocketAddr::new(node_address, free_port());
         let mut command = Command::new(workspace_binary("skerry-provider"));
         command
@@ -211,6 +253,9 @@ impl Cluster {
                 command.env(variable, value);
             }
         }
+        if !self.owns_interface {
+            command.args(["--node-ports", "none"]);
+        }
         let mut daemon = Daemon::start("skerry-provider", command, &self.dir.join("provider.log"));
         eventually(SOON, "the provider is ready", || {
             daemon.check()?;
@@ -227,7 +272,9 @@ impl Drop for Cluster {
             "control-plane/down",
             &[path(&self.dir.join("control-plane"))],
         ));
-        remove_interface();
+        if self.owns_interface {
+            remove_interface();
+        }
     }
 }
 

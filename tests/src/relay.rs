@@ -12,8 +12,17 @@ pub enum Line {
     /// Swallows bytes without a word, as a dead modem does. What was on its way arrives once the line is up again,
     /// as TCP would send it again.
     Silent,
+    /// Carries what the site says; the answers wait as on a silent line.
+    Upwards,
     /// Closes every connection, and every new one at once.
     Closed,
+}
+
+/// From the site to the provider, or back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Up,
+    Down,
 }
 
 /// The relay. Dropping it closes everything.
@@ -103,7 +112,7 @@ impl Drop for Relay {
 impl Shared {
     fn connect(self: Arc<Self>, client: TcpStream, target: SocketAddr) {
         // A handshake that begins on a silent line waits for the line.
-        if !self.pass(0) {
+        if !self.pass(0, Direction::Up) {
             return;
         }
         let Ok(server) = TcpStream::connect(target) else {
@@ -119,17 +128,17 @@ impl Shared {
                 .extend([client.try_clone(), server.try_clone()].into_iter().flatten());
         }
         let back = self.clone();
-        let backwards = std::thread::spawn(move || back.copy(server2, client2));
-        self.copy(client, server);
+        let backwards = std::thread::spawn(move || back.copy(server2, client2, Direction::Down));
+        self.copy(client, server, Direction::Up);
         let _ = backwards.join();
     }
 
-    fn copy(&self, mut from: TcpStream, mut to: TcpStream) {
+    fn copy(&self, mut from: TcpStream, mut to: TcpStream, direction: Direction) {
         let mut buffer = [0; 16 * 1024];
         loop {
             let read = from.read(&mut buffer).unwrap_or(0);
             // The end of a connection does not pass a silent line either.
-            if !self.pass(read) || read == 0 || to.write_all(&buffer[..read]).is_err() {
+            if !self.pass(read, direction) || read == 0 || to.write_all(&buffer[..read]).is_err() {
                 let _ = to.shutdown(Shutdown::Both);
                 return;
             }
@@ -137,14 +146,15 @@ impl Shared {
     }
 
     /// Waits while the line is silent; whether the bytes may pass then.
-    fn pass(&self, bytes: usize) -> bool {
+    fn pass(&self, bytes: usize, direction: Direction) -> bool {
+        let holds = |line| line == Line::Silent || (line == Line::Upwards && direction == Direction::Down);
         let state = self.state.lock().unwrap();
         let mut state = self
             .changed
-            .wait_while(state, |s| s.line == Line::Silent && !s.ended)
+            .wait_while(state, |s| holds(s.line) && !s.ended)
             .unwrap();
         state.bytes += bytes as u64;
-        state.line == Line::Up && !state.ended
+        state.line != Line::Closed && !state.ended
     }
 }
 
@@ -182,6 +192,20 @@ mod tests {
         relay.set(Line::Up);
         assert_eq!(read(&mut stream).unwrap(), 1);
         assert_eq!(relay.bytes(), 4);
+    }
+
+    #[test]
+    fn a_line_that_only_carries_upwards_holds_back_the_answer_until_it_is_up_again() {
+        let relay = Relay::to(echo());
+        let mut stream = TcpStream::connect(relay.address()).unwrap();
+        stream.write_all(b"a").unwrap();
+        assert_eq!(read(&mut stream).unwrap(), 1);
+        relay.set(Line::Upwards);
+        stream.write_all(b"b").unwrap();
+        assert!(read(&mut stream).is_err());
+        assert_eq!(relay.bytes(), 3, "what the site said has not passed");
+        relay.set(Line::Up);
+        assert_eq!(read(&mut stream).unwrap(), 1);
     }
 
     #[test]

@@ -119,6 +119,8 @@ pub struct Greeting {
     pub version: String,
     /// Which start on this store it is.
     pub incarnation: u64,
+    /// Made anew with each start of a daemon.
+    pub instance: String,
 }
 
 /// The link, ready to run.

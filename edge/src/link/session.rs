@@ -165,6 +165,7 @@ async fn greet(link: &Link, lines: &Lines) -> Result<Control, SessionError> {
         now_unix_nanos: i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX),
         features: vec![FEATURE_DIGEST.to_owned(), "retime".to_owned()],
         incarnation: link.greeting.incarnation,
+        instance: link.greeting.instance.clone(),
     };
     // The queue is new and has room.
     let _ = sender.try_send(EdgeControl {

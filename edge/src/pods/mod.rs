@@ -52,6 +52,7 @@ mod resize;
 mod resources;
 mod restart_all;
 mod resting;
+mod returned;
 mod security;
 mod starts;
 mod statics;
@@ -505,6 +506,7 @@ impl Supervisor {
                 Ok(pod) if crate::manifests::mirror::mirrored(&pod).is_some() => {
                     return self.mirror_changed();
                 }
+                Ok(_) if !returned::may_start(&self.shared.store, uid) => return,
                 Ok(pod) => Orders {
                     pod: Some(Arc::new(pod)),
                     ..Orders::default()
@@ -658,10 +660,10 @@ impl Supervisor {
         match ended {
             Ok(uid) => {
                 self.workers.remove(&uid);
-                // What came between its last look and its end.
-                if self.shared.resting.has(&uid) {
-                    let kind = Kind::Pod;
-                    self.pod_changed(&ObjectKey { kind, uid });
+                // What came between its last look and its end; or it has come back while it was being removed.
+                let key = ObjectKey { kind: Kind::Pod, uid };
+                if self.shared.resting.has(&key.uid) || matches!(self.shared.store.get(&key), Ok(Some(_))) {
+                    self.pod_changed(&key);
                 }
             }
             Err(error) => {

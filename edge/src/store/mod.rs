@@ -52,6 +52,7 @@ mod digest_tests;
 mod ended;
 mod file;
 mod medium;
+mod memory;
 #[cfg(test)]
 mod model;
 mod objects;
@@ -88,6 +89,7 @@ pub use check::Statistics;
 pub(crate) use check::any_value;
 pub use compact::Compacted;
 pub use ended::MAX_ENDED;
+pub use memory::Memory;
 pub use outbox::NewReport;
 pub use retention::{DropReason, Lane, LaneLimits, LaneUse, Retention};
 

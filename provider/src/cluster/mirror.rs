@@ -37,6 +37,7 @@ pub struct Desired {
 }
 
 /// A token that a pod of the site projects.
+#[derive(Clone)]
 pub struct DesiredToken {
     /// The pod that it is bound to.
     pub owner: TokenOwner,

@@ -10,8 +10,10 @@
 mod index;
 mod mirror;
 mod object;
+mod restored;
 mod watch;
 
 pub use mirror::{Desired, DesiredToken, Mirror};
 pub use object::Object;
+pub use restored::restored;
 pub use watch::run;

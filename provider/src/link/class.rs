@@ -140,8 +140,15 @@ mod tests {
             ..Default::default()
         };
         let (orders, mut queue) = mpsc::channel(1);
-        let session =
-            Sessions::new(Timestamp::UNIX_EPOCH).begin(&peer, &hello, orders.clone(), Timestamp::UNIX_EPOCH);
+        let session = Sessions::new(Timestamp::UNIX_EPOCH)
+            .begin(
+                &peer,
+                &hello,
+                &serde_json::Value::Null,
+                orders.clone(),
+                Timestamp::UNIX_EPOCH,
+            )
+            .unwrap();
         declare(&mirror, "standard");
         let class = declared(&mirror, &peer.site);
         let mut class = SiteClass::new(&mirror, Timings::default(), &session, &hello, class);

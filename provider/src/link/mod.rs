@@ -12,9 +12,14 @@ mod arrivals;
 mod bulk;
 mod class;
 mod connection;
+mod gate;
+pub mod lives;
 pub mod reports;
 mod service;
 pub mod sessions;
+pub mod sync;
+#[cfg(test)]
+mod sync_tests;
 mod timing;
 pub mod tunnels;
 

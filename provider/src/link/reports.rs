@@ -21,6 +21,7 @@ use skerry_proto::link::{CloudBulk, CloudControl, Report, ReportResult, cloud_bu
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Status;
 
+use super::gate::{Gate, Gates};
 use super::sessions::Session;
 
 /// Lanes for statuses.
@@ -64,13 +65,17 @@ pub trait ReportSink: Send + Sync + 'static {
 
 /// The sink behind all sessions.
 pub struct Reports {
-    sink: Box<dyn ReportSink>,
+    sink: Arc<dyn ReportSink>,
+    gates: Gates,
 }
 
 impl Reports {
     /// Reports go to `sink`.
     pub fn new(sink: impl ReportSink) -> Self {
-        Self { sink: Box::new(sink) }
+        Self {
+            sink: Arc::new(sink),
+            gates: Gates::default(),
+        }
     }
 }
 
@@ -109,6 +114,7 @@ pub(super) struct Lanes {
 struct Shared {
     reports: Arc<Reports>,
     session: Session,
+    gate: Gate,
     lanes: Mutex<[Lane; LANES + EVENT_LANES + NODE_LANES]>,
 }
 
@@ -134,6 +140,7 @@ impl Lanes {
         let shared = Shared {
             reports: Arc::clone(reports),
             session: session.clone(),
+            gate: reports.gates.of(&session.peer.site, &session.over),
             lanes: Mutex::default(),
         };
         Self {
@@ -211,6 +218,7 @@ impl Shared {
 
     /// Settles what waits in a lane, in order, until there is nothing left.
     async fn empty(&self, lane: usize) {
+        self.gate.wait().await;
         loop {
             let (next, needless) = {
                 let mut lanes = self.lanes();
@@ -237,10 +245,28 @@ impl Shared {
         }
     }
 
+    /// Tries once. Once begun it is carried to its end, even when the session is over meanwhile.
+    async fn write(&self, report: &Report) -> Outcome {
+        let Some(writing) = self.gate.begin().await else {
+            return Outcome::Retry("the session is over".to_owned());
+        };
+        let (sink, site) = (Arc::clone(&self.reports.sink), self.session.peer.site.clone());
+        let report = report.clone();
+        let written = tokio::spawn(async move {
+            let outcome = sink.take(&site, &report).await;
+            drop(writing);
+            outcome
+        });
+        // It fails only when it panics, which it has said.
+        written
+            .await
+            .unwrap_or_else(|error| Outcome::Retry(error.to_string()))
+    }
+
     async fn settle(&self, report: &Report) -> (Wire, String) {
         let mut pause = FIRST_RETRY;
         loop {
-            match self.reports.sink.take(&self.session.peer.site, report).await {
+            match self.write(report).await {
                 Outcome::Accepted => return (Wire::Accepted, String::new()),
                 Outcome::Dropped(reason) => {
                     tracing::info!(site = %self.session.peer.site, seq = report.seq, subject = %subject(report), %reason, "a report was dropped");

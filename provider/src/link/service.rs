@@ -10,9 +10,9 @@ use jiff::Timestamp;
 use skerry_proto::SiteName;
 use skerry_proto::link::Kind;
 use skerry_proto::link::{
-    self, CloudBulk, CloudControl, ConfirmRequest, ConfirmResponse, EdgeBulk, EdgeControl, Hello,
-    JoinResponse, PROTOCOL_MAX, PROTOCOL_MIN, RenewRequest, TunnelFrame, Welcome, cloud_control, edge_bulk,
-    edge_control, link_server, tunnel_frame,
+    self, CloudBulk, CloudControl, ConfirmRequest, ConfirmResponse, EdgeBulk, EdgeControl, FEATURE_DIGEST,
+    Hello, JoinResponse, PROTOCOL_MAX, PROTOCOL_MIN, RenewRequest, TunnelFrame, Welcome, cloud_control,
+    edge_bulk, edge_control, link_server, tunnel_frame,
 };
 use skerry_transport::{Handle, Lane};
 use tokio::sync::mpsc;
@@ -58,7 +58,7 @@ pub struct LinkDeps {
     pub arrivals: Arrivals,
     /// Heartbeats.
     pub timings: Timings,
-    /// Where round trips are counted.
+    /// Where round trips and more are counted.
     pub metrics: Arc<Metrics>,
 }
 
@@ -121,7 +121,25 @@ impl link_server::Link for LinkService {
         };
         let (orders, queue) = mpsc::channel(CONTROL_QUEUE);
         let now = Timestamp::now();
-        let session = self.deps.sessions.begin(&peer, &hello, orders.clone(), now);
+        let declared = self.deps.mirror.named(Kind::Site, "", site.as_str());
+        let status = declared
+            .map(|site| site.value["status"].clone())
+            .unwrap_or_default();
+        let session = match self
+            .deps
+            .sessions
+            .begin(&peer, &hello, &status, orders.clone(), now)
+        {
+            Ok(session) => session,
+            Err(conflict) => {
+                tracing::warn!(%site, %remote, %conflict, "a daemon was refused");
+                let refusal = cloud_control::Message::Goodbye(conflict.goodbye());
+                let refusal = CloudControl {
+                    message: Some(refusal),
+                };
+                return Ok(Response::new(Box::pin(futures::stream::iter([Ok(refusal)]))));
+            }
+        };
         tracing::info!(%site, %remote, version = %hello.version, session = %session.id, "a site connected");
         let class = class::declared(&self.deps.mirror, &site);
         let timing = self.deps.timings.of(class);
@@ -134,7 +152,7 @@ impl link_server::Link for LinkService {
             heartbeat_millis: millis(timing.heartbeat),
             deadline_millis: millis(timing.deadline),
             now_unix_nanos: i64::try_from(now.as_nanosecond()).unwrap_or(i64::MAX),
-            features: vec![CRITICAL_STATUS.to_owned()],
+            features: vec![CRITICAL_STATUS.to_owned(), FEATURE_DIGEST.to_owned()],
             version: env!("CARGO_PKG_VERSION").to_owned(),
             class: link::Class::from(class).into(),
             critical_priority: self.deps.timings.critical_priority,
@@ -176,11 +194,14 @@ impl link_server::Link for LinkService {
             session.lines.add(Lane::Bulk, line, class, signs);
         }
         let (outbound, queue) = mpsc::channel(BULK_QUEUE);
-        let bulk = Bulk::new(Arc::clone(&self.deps), session.clone(), outbound);
+        let remembered = self.deps.sessions.recall(&session);
+        let bulk = Bulk::new(Arc::clone(&self.deps), session.clone(), remembered, outbound);
         let deps = Arc::clone(&self.deps);
         let task = session.clone();
         tokio::spawn(async move {
-            if let Err(status) = bulk.run(inbound).await {
+            let (tokens, ended) = bulk.run(inbound).await;
+            deps.sessions.remember(&task, tokens);
+            if let Err(status) = ended {
                 tracing::info!(site = %task.peer.site, session = %task.id, %status, "the bulk stream ended");
             }
             // Neither half of a session is of use without the other.

@@ -4,19 +4,23 @@
 //! whatever still runs for it may no longer write.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use jiff::Timestamp;
+use serde_json::Value;
 use skerry_proto::SiteName;
 use skerry_proto::link::{
-    self, CloudControl, Heartbeat, Hello, OpenTunnel, ReportDrops, cloud_control, heartbeat,
+    self, CloudControl, Goodbye, Heartbeat, Hello, OpenTunnel, ReportDrops, cloud_control, heartbeat,
 };
 use skerry_proto::object::Uid;
 use skerry_transport::Lines;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::lives::{Evidence, Life, Lives, Verdict};
 use super::reports::{Lanes, Reports};
+use super::sync::{Proof, Tokens};
 use super::tunnels::{Orders, SiteAway};
 use crate::pki::{Revoked, SitePeer};
 
@@ -42,6 +46,53 @@ pub struct LinkState {
     pub used_today: u64,
     /// Why what can wait must wait at the site.
     pub deferring: heartbeat::Deferring,
+    /// The store's id, empty when never seen, and which daemon on it this is.
+    pub store_id: String,
+    /// See `store_id`.
+    pub incarnation: u64,
+    /// How far the site is known to hold what it should; [`Proof::Open`] while it is away.
+    pub proof: Proof,
+    /// When it was last known to.
+    pub proven: Option<Timestamp>,
+    /// The newest sign that its identity is used twice.
+    pub conflict: Option<Conflict>,
+}
+
+/// A sign that a site's identity is used twice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// When it was seen.
+    pub at: Timestamp,
+    /// What proves it.
+    pub evidence: Evidence,
+    /// The newcomer was refused, because the other one is connected.
+    pub refused: bool,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let done = if self.refused {
+            "the one that is connected is kept, the newcomer was refused"
+        } else {
+            "it was admitted, since no other one is connected"
+        };
+        write!(
+            f,
+            "the site's identity is used twice, or its store was put back from an older copy: {}; {done}. If there are two \
+             machines, stop one of them, remove its data directory and enrol it as a Site of its own with skerry-edge join",
+            self.evidence
+        )
+    }
+}
+
+impl Conflict {
+    /// What the newcomer is told.
+    pub fn goodbye(&self) -> Goodbye {
+        Goodbye {
+            reason: self.to_string(),
+            retry_after_millis: 60_000,
+        }
+    }
 }
 
 /// One session, as its streams hold it.
@@ -60,6 +111,8 @@ pub struct Session {
     /// Its connections.
     pub lines: Lines,
     lanes: Arc<OnceLock<Lanes>>,
+    /// Who is at the other end.
+    pub life: Arc<Life>,
 }
 
 impl Session {
@@ -69,7 +122,7 @@ impl Session {
     }
 
     /// A session that nobody knows yet.
-    pub(super) fn new(peer: &SitePeer) -> Self {
+    pub(super) fn new(peer: &SitePeer, life: Life) -> Self {
         Self {
             id: uuid::Uuid::new_v4().simple().to_string(),
             peer: peer.clone(),
@@ -78,6 +131,7 @@ impl Session {
             begun: CancellationToken::new(),
             lines: Lines::default(),
             lanes: Arc::default(),
+            life: Arc::new(life),
         }
     }
 
@@ -109,7 +163,15 @@ impl Session {
 struct Entry {
     session: Session,
     orders: mpsc::Sender<Result<CloudControl, tonic::Status>>,
-    store_id: String,
+}
+
+/// What is kept of a site between its sessions.
+#[derive(Default)]
+struct Memory {
+    lives: Lives,
+    /// The store that was sent these tokens.
+    store: String,
+    tokens: Tokens,
 }
 
 /// The registry. Clones share it.
@@ -122,6 +184,7 @@ struct Inner {
     started: Timestamp,
     entries: Mutex<HashMap<SiteName, Entry>>,
     states: Mutex<HashMap<SiteName, watch::Sender<LinkState>>>,
+    memories: Mutex<HashMap<SiteName, Memory>>,
 }
 
 impl Sessions {
@@ -132,29 +195,42 @@ impl Sessions {
                 started: now,
                 entries: Mutex::default(),
                 states: Mutex::default(),
+                memories: Mutex::default(),
             }),
         }
     }
 
-    /// Starts a session and ends the site's older one, if any.
+    /// Starts a session and ends the site's older one, if any. `status` is that of the Site.
+    ///
+    /// # Errors
+    /// When the identity is used twice and the other one is connected.
     pub fn begin(
         &self,
         peer: &SitePeer,
         hello: &Hello,
+        status: &Value,
         orders: mpsc::Sender<Result<CloudControl, tonic::Status>>,
         now: Timestamp,
-    ) -> Session {
+    ) -> Result<Session, Conflict> {
         let site = &peer.site;
-        let session = Session::new(peer);
+        let life = Life::from(hello);
+        let conflict = self.judge(site, &life, status, now);
+        if let Some(conflict) = &conflict {
+            self.state(site)
+                .send_modify(|state| state.conflict = Some(conflict.clone()));
+        }
+        if let Some(conflict) = conflict.filter(|conflict| conflict.refused) {
+            return Err(conflict);
+        }
+        let session = Session::new(peer, life);
         let entry = Entry {
             session: session.clone(),
             orders,
-            store_id: hello.store_id.clone(),
         };
         let older = self.entries().insert(site.clone(), entry);
         if let Some(older) = older {
             older.session.over.cancel();
-            if older.store_id != hello.store_id {
+            if older.session.life.store != hello.store_id {
                 tracing::warn!(
                     %site,
                     "a daemon with another store took over the site's session: is its disk cloned, or was the store reset?"
@@ -167,10 +243,77 @@ impl Sessions {
                 state.since = now;
             }
             state.last_heard = Some(now);
+            state.proof = Proof::Open;
             state.version.clone_from(&hello.version);
             state.boot_id.clone_from(&hello.boot_id);
+            state.store_id.clone_from(&hello.store_id);
+            state.incarnation = hello.incarnation;
         });
-        session
+        Ok(session)
+    }
+
+    /// Whether a newcomer proves that the identity is used twice. Unless it is refused, it is the last life from now on.
+    fn judge(&self, site: &SiteName, life: &Life, status: &Value, now: Timestamp) -> Option<Conflict> {
+        let connected = self.entries().contains_key(site);
+        let mut memories = self.memories();
+        let memory = memories.entry(site.clone()).or_default();
+        if memory.lives.is_empty() {
+            memory.lives = Lives::of_status(status);
+        }
+        let conflict = match memory.lives.judge(life) {
+            Verdict::Same | Verdict::Successor => None,
+            Verdict::Conflict(evidence) => Some(Conflict {
+                at: now,
+                evidence,
+                refused: connected,
+            }),
+        };
+        if conflict.as_ref().is_none_or(|conflict| !conflict.refused) {
+            memory.lives.begin(life.clone());
+        }
+        conflict
+    }
+
+    /// The tokens that this session's store is known to hold.
+    pub fn recall(&self, session: &Session) -> Tokens {
+        let memories = self.memories();
+        let memory = memories.get(&session.peer.site);
+        memory
+            .filter(|memory| memory.store == session.life.store)
+            .map(|memory| memory.tokens.clone())
+            .unwrap_or_default()
+    }
+
+    /// Keeps what a session's store is known to hold, unless a newer session has begun.
+    pub fn remember(&self, session: &Session, tokens: Tokens) {
+        let newer = self
+            .entries()
+            .get(&session.peer.site)
+            .is_some_and(|entry| entry.session.id != session.id);
+        if !newer {
+            let mut memories = self.memories();
+            let memory = memories.entry(session.peer.site.clone()).or_default();
+            memory.store.clone_from(&session.life.store);
+            memory.tokens = tokens;
+        }
+    }
+
+    /// Forgets a site whose Site was deleted.
+    pub fn forget(&self, site: &SiteName) {
+        self.memories().remove(site);
+    }
+
+    /// Notes whether the site holds what it should. Answers whether that is news.
+    pub fn note_proof(&self, session: &Session, proof: Proof, now: Timestamp) -> bool {
+        if session.over.is_cancelled() {
+            return false;
+        }
+        self.state(&session.peer.site).send_if_modified(|state| {
+            if proof == Proof::Equal {
+                state.proven = Some(now);
+            }
+            std::mem::replace(&mut state.proof, proof) != proof
+        })
     }
 
     /// Notes that the site was heard, unless the session is over.
@@ -232,6 +375,7 @@ impl Sessions {
             self.state(&session.peer.site).send_modify(|state| {
                 state.online = false;
                 state.since = now;
+                state.proof = Proof::Open;
             });
         }
     }
@@ -332,6 +476,10 @@ impl Sessions {
         self.inner.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn memories(&self) -> std::sync::MutexGuard<'_, HashMap<SiteName, Memory>> {
+        self.inner.memories.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self, site: &SiteName) -> watch::Sender<LinkState> {
         let mut states = self.inner.states.lock().unwrap_or_else(PoisonError::into_inner);
         let fresh = || {
@@ -344,6 +492,11 @@ impl Sessions {
                 drops: BTreeMap::new(),
                 used_today: 0,
                 deferring: heartbeat::Deferring::Not,
+                store_id: String::new(),
+                incarnation: 0,
+                proof: Proof::Open,
+                proven: None,
+                conflict: None,
             })
         };
         states.entry(site.clone()).or_insert_with(fresh).clone()
@@ -398,7 +551,9 @@ pub(super) mod tests {
     /// A session of its own registry.
     pub(in crate::link) fn session() -> Session {
         let (orders, _) = mpsc::channel(1);
-        Sessions::new(Timestamp::UNIX_EPOCH).begin(&peer(), &hello(), orders, Timestamp::UNIX_EPOCH)
+        Sessions::new(Timestamp::UNIX_EPOCH)
+            .begin(&peer(), &hello(), &Value::Null, orders, Timestamp::UNIX_EPOCH)
+            .unwrap()
     }
 
     #[test]
@@ -406,8 +561,12 @@ pub(super) mod tests {
         let now = Timestamp::UNIX_EPOCH;
         let sessions = Sessions::new(now);
         let (sender, _receiver) = mpsc::channel(1);
-        let old = sessions.begin(&peer(), &hello(), sender.clone(), now);
-        let new = sessions.begin(&peer(), &hello(), sender, now);
+        let old = sessions
+            .begin(&peer(), &hello(), &Value::Null, sender.clone(), now)
+            .unwrap();
+        let new = sessions
+            .begin(&peer(), &hello(), &Value::Null, sender, now)
+            .unwrap();
         assert!(old.over.is_cancelled());
         assert!(!new.over.is_cancelled());
         sessions.end(&old, now);
@@ -423,7 +582,9 @@ pub(super) mod tests {
         let now = Timestamp::UNIX_EPOCH;
         let sessions = Sessions::new(now);
         let (sender, _receiver) = mpsc::channel(1);
-        let session = sessions.begin(&peer(), &hello(), sender, now);
+        let session = sessions
+            .begin(&peer(), &hello(), &Value::Null, sender, now)
+            .unwrap();
         let drop = |reason: &str, count| ReportDrops {
             lane: "events".to_owned(),
             reason: reason.to_owned(),
@@ -449,7 +610,9 @@ pub(super) mod tests {
             ..peer()
         };
         let (first, second, third) = (made("1", 10), made("2", 20), made("3", 30));
-        let session = sessions.begin(&first, &hello(), sender, now);
+        let session = sessions
+            .begin(&first, &hello(), &Value::Null, sender, now)
+            .unwrap();
         // Another machine's renewal keeps nothing.
         sessions.renewed(&second, &third);
         assert_eq!(session.expires(), first.not_after);
@@ -468,11 +631,86 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_clone_is_refused_while_the_other_is_connected_and_admitted_when_it_is_not() {
+        let now = Timestamp::UNIX_EPOCH;
+        let sessions = Sessions::new(now);
+        let (sender, _receiver) = mpsc::channel(1);
+        let begin = |incarnation: u64, boot: &str| {
+            let hello = Hello {
+                incarnation,
+                boot_id: boot.to_owned(),
+                ..hello()
+            };
+            sessions.begin(&peer(), &hello, &Value::Null, sender.clone(), now)
+        };
+        begin(1, "a").unwrap();
+        let kept = begin(2, "b").unwrap();
+        let refused = begin(1, "a").map(|s| s.id).unwrap_err();
+        assert!(refused.refused && !kept.over.is_cancelled());
+        assert!(refused.goodbye().reason.contains("skerry-edge join"));
+        assert_eq!(sessions.watch(&site()).borrow().conflict, Some(refused));
+        sessions.end(&kept, now);
+        let admitted = begin(1, "a").unwrap();
+        let conflict = sessions.watch(&site()).borrow().conflict.clone();
+        assert!(conflict.is_some_and(|conflict| !conflict.refused));
+        assert!(begin(2, "b").is_err() && !admitted.over.is_cancelled());
+    }
+
+    #[test]
+    fn a_provider_without_memory_judges_by_the_sites_status() {
+        let now = Timestamp::UNIX_EPOCH;
+        let sessions = Sessions::new(now);
+        let (sender, _receiver) = mpsc::channel(1);
+        let hello = Hello {
+            incarnation: 3,
+            boot_id: "a".to_owned(),
+            ..hello()
+        };
+        let status = serde_json::json!({"storeID": "s", "incarnation": 4, "bootID": "b"});
+        sessions.begin(&peer(), &hello, &status, sender, now).unwrap();
+        assert!(sessions.watch(&site()).borrow().conflict.is_some());
+    }
+
+    #[test]
+    fn tokens_are_remembered_for_the_same_store_and_not_by_a_fenced_session() {
+        let now = Timestamp::UNIX_EPOCH;
+        let sessions = Sessions::new(now);
+        let (sender, _receiver) = mpsc::channel(1);
+        let begin = |store: &str| {
+            let hello = Hello {
+                store_id: store.to_owned(),
+                ..Default::default()
+            };
+            sessions
+                .begin(&peer(), &hello, &Value::Null, sender.clone(), now)
+                .unwrap()
+        };
+        let key = skerry_proto::object::ObjectKey {
+            kind: skerry_proto::link::Kind::ServiceAccountToken,
+            uid: Uid::from("u/v/p"),
+        };
+        let entry = skerry_proto::digest::Entry {
+            hash: skerry_proto::object::ContentHash([1; 16]),
+            expires_unix: 1,
+        };
+        let tokens = Tokens::from([(key, entry)]);
+        let first = begin("s");
+        sessions.remember(&first, tokens.clone());
+        let second = begin("s");
+        assert_eq!(sessions.recall(&second), tokens);
+        sessions.remember(&first, Tokens::new());
+        assert_eq!(sessions.recall(&second), tokens);
+        assert!(sessions.recall(&begin("t")).is_empty());
+    }
+
+    #[test]
     fn a_session_ends_when_its_site_is_declared_anew() {
         let now = Timestamp::UNIX_EPOCH;
         let sessions = Sessions::new(now);
         let (sender, _receiver) = mpsc::channel(1);
-        let session = sessions.begin(&peer(), &hello(), sender, now);
+        let session = sessions
+            .begin(&peer(), &hello(), &Value::Null, sender, now)
+            .unwrap();
         sessions.dismiss_earlier(&site(), &peer().uid);
         assert!(!session.over.is_cancelled());
         sessions.dismiss_earlier(&site(), &Uid::from("second".to_owned()));

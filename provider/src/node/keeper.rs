@@ -124,6 +124,7 @@ impl Keeper {
                 self.deps.metrics.forget_site(&self.site);
                 self.deps.metrics.forget_drops(&self.site, &link.borrow().drops);
                 self.deps.writes.forget(&self.site);
+                self.deps.sessions.forget(&self.site);
                 return;
             };
             self.class = Class::of_site(&site.value);
@@ -171,6 +172,7 @@ impl Keeper {
                     link: state,
                     class: self.class,
                     pods: pods.len(),
+                    away,
                     last_seen: last_seen_period(self.sites.load(Ordering::Relaxed)),
                 };
                 told = self

@@ -9,6 +9,7 @@
 //! * The lease is renewed only while the site is heard. A site that has been away for the link's deadline is said to be
 //!   so: conditions become Unknown with the reason [`status::AWAY_REASON`].
 
+mod conditions;
 mod keeper;
 mod schedule;
 mod site_status;

@@ -6,13 +6,15 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::Client;
 use serde_json::{Map, Value, json};
-use skerry_proto::link::heartbeat;
+use skerry_proto::link::{EventReport, heartbeat};
 use skerry_proto::{Class, SiteName};
 use tokio::time::Instant;
 
+use super::conditions::{self, Condition};
 use super::writes::version;
 use crate::cluster::Object;
 use crate::link::sessions::LinkState;
+use crate::pods::events;
 use crate::sites;
 
 /// Changes that do not matter at once, such as the count of pods, are written together, this long after the last write.
@@ -35,8 +37,8 @@ struct Written {
 enum Look {
     /// It says what it should.
     Same,
-    /// Something is to be written now.
-    Write(Map<String, Value>),
+    /// Something is to be written now, and what has become worse is to be said.
+    Write(Map<String, Value>, Vec<Condition>),
     /// Something is to be written, but not before then.
     Later(Instant),
 }
@@ -50,10 +52,10 @@ impl SiteStatus {
         site: &Object,
         facts: &Facts<'_>,
     ) -> Result<Option<Instant>, kube::Error> {
-        let status = match self.look(site, facts, Timestamp::now(), Instant::now()) {
+        let (status, warnings) = match self.look(site, facts, Timestamp::now(), Instant::now()) {
             Look::Same => return Ok(None),
             Look::Later(at) => return Ok(Some(at)),
-            Look::Write(status) => status,
+            Look::Write(status, warnings) => (status, warnings),
         };
         let answer = sites::patch_status(client, name, Value::Object(status)).await?;
         self.written = answer.map(|answer| Written {
@@ -61,6 +63,9 @@ impl SiteStatus {
             version: version(answer.metadata.resource_version.as_deref()),
             status: answer.data.get("status").cloned().unwrap_or_default(),
         });
+        for warning in warnings {
+            warn(client, name, site, warning).await;
+        }
         Ok(None)
     }
 
@@ -72,6 +77,9 @@ impl SiteStatus {
             _ => &site.value["status"],
         };
         let mut status = facts.differences(current);
+        let news = conditions::news(&current["conditions"], facts.link, facts.away, now);
+        let (list, warnings) = news.map_or((None, Vec::new()), |news| (Some(news.list), news.warnings));
+        status.extend(list.map(|list| ("conditions".to_owned(), list)));
         let written = current["lastSeen"]
             .as_str()
             .and_then(|t| t.parse::<Timestamp>().ok());
@@ -92,13 +100,38 @@ impl SiteStatus {
             let text = heard.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
             status.insert("lastSeen".to_owned(), Value::from(text));
             status.insert("link".to_owned(), link_use(facts.link));
+            conditions::beside(facts.link, &mut status);
         }
         if status.is_empty() {
             Look::Same
         } else {
-            Look::Write(status)
+            Look::Write(status, warnings)
         }
     }
+}
+
+/// An event about the Site. One that cannot be had is no reason to write the status again.
+async fn warn(client: &Client, name: &SiteName, site: &Object, warning: Condition) {
+    let nanos = i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or_default();
+    let kind = sites::resource();
+    let event = EventReport {
+        kind: kind.kind,
+        api_version: kind.api_version,
+        name: site.name.clone(),
+        uid: site.key.uid.to_string(),
+        r#type: "Warning".to_owned(),
+        reason: match warning.status {
+            "False" => warning.reason.to_owned(),
+            _ => warning.kind.to_owned(),
+        },
+        message: warning.message,
+        count: 1,
+        first_unix_nanos: nanos,
+        last_unix_nanos: nanos,
+        ..EventReport::default()
+    };
+    let outcome = events::apply(client, name, &event).await;
+    tracing::debug!(site = %name, reason = event.reason, ?outcome, "an event about the Site");
 }
 
 /// What a Site's status shall say.
@@ -109,6 +142,8 @@ pub(super) struct Facts<'a> {
     pub(super) class: Class,
     /// How many pods are bound to it.
     pub(super) pods: usize,
+    /// It was silent for longer than its deadline.
+    pub(super) away: bool,
     /// How old `lastSeen` may become.
     pub(super) last_seen: Duration,
 }
@@ -130,6 +165,8 @@ impl Facts<'_> {
         if !self.link.version.is_empty() {
             set("version", Value::from(self.link.version.clone()));
             set("bootID", Value::from(self.link.boot_id.clone()));
+            set("storeID", Value::from(self.link.store_id.clone()));
+            set("incarnation", Value::from(self.link.incarnation));
         }
         if !self.link.drops.is_empty() {
             set("drops", drops(&self.link.drops));
@@ -184,11 +221,19 @@ mod tests {
             version: "1".to_owned(),
             boot_id: "b".to_owned(),
             drops: BTreeMap::new(),
+            store_id: "s".to_owned(),
+            incarnation: 1,
+            proof: crate::link::sync::Proof::Open,
+            proven: None,
+            conflict: None,
         }
     }
 
     fn told(pods: usize) -> Value {
-        json!({"state": "Online", "class": "standard", "pods": pods, "version": "1", "bootID": "b", "lastSeen": "2026-01-01T00:09:30Z"})
+        json!({"state": "Online", "class": "standard", "pods": pods, "version": "1", "bootID": "b", "storeID": "s", "incarnation": 1,
+            "conditions": [{"type": "Synced", "status": "Unknown", "reason": "Syncing",
+                "message": "the site has not confirmed yet that it holds what it should", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
+            "lastSeen": "2026-01-01T00:09:30Z"})
     }
 
     fn look(status: &SiteStatus, site: &Object, link: &LinkState, pods: usize) -> Look {
@@ -196,6 +241,7 @@ mod tests {
             class: Class::Standard,
             link,
             pods,
+            away: false,
             last_seen: Duration::from_secs(60),
         };
         status.look(site, &facts, NOW.parse().unwrap(), Instant::now())
@@ -219,13 +265,13 @@ mod tests {
         );
         let mut offline = online();
         offline.online = false;
-        let Look::Write(fields) = look(&status, &shown, &offline, 2) else {
+        let Look::Write(fields, _) = look(&status, &shown, &offline, 2) else {
             panic!("nothing is written")
         };
         assert_eq!(fields["state"], "Offline");
         assert_eq!(fields["pods"], 2);
         tokio::time::advance(TOGETHER).await;
-        let Look::Write(fields) = look(&status, &shown, &online(), 2) else {
+        let Look::Write(fields, _) = look(&status, &shown, &online(), 2) else {
             panic!("nothing is written")
         };
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
@@ -239,7 +285,7 @@ mod tests {
         link.used_today = 7;
         assert_eq!(look(&status, &site("1", told(1)), &link, 1), Look::Same);
         link.deferring = heartbeat::Deferring::QuietHours;
-        let Look::Write(fields) = look(&status, &site("1", told(1)), &link, 1) else {
+        let Look::Write(fields, _) = look(&status, &site("1", told(1)), &link, 1) else {
             panic!("nothing is written")
         };
         assert_eq!(fields["link"], json!({"usedToday": 7, "deferring": "QuietHours"}));
@@ -251,7 +297,7 @@ mod tests {
         let status = SiteStatus::default();
         assert_eq!(look(&status, &site("1", old.clone()), &online(), 1), Look::Same);
         old["lastSeen"] = Value::from("2026-01-01T00:08:59Z");
-        let Look::Write(fields) = look(&status, &site("1", old), &online(), 1) else {
+        let Look::Write(fields, _) = look(&status, &site("1", old), &online(), 1) else {
             panic!("nothing is written")
         };
         assert_eq!(

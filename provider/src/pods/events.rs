@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams, PostParams};
-use serde_json::json;
+use serde_json::{Value, json};
 use skerry_proto::SiteName;
 use skerry_proto::link::EventReport;
 use skerry_proto::object::ContentHash;
@@ -29,21 +29,34 @@ pub async fn apply(client: &Client, site: &SiteName, report: &EventReport) -> Ou
     };
     match events.create(&PostParams::default(), &event).await {
         Ok(_) => Outcome::Accepted,
-        Err(kube::Error::Api(status)) if status.code == 409 => {
-            let patch = json!({"count": report.count.max(1), "lastTimestamp": time(report.last_unix_nanos)});
-            match events
-                .patch(&name, &PatchParams::default(), &Patch::Merge(&patch))
-                .await
-            {
-                Ok(_) => Outcome::Accepted,
-                Err(error) => outcome_of(&error),
-            }
-        }
+        Err(kube::Error::Api(status)) if status.code == 409 => match raise(&events, &name, report).await {
+            Ok(()) => Outcome::Accepted,
+            Err(error) => outcome_of(&error),
+        },
         // The namespace is going, or events may not be written at all: as a kubelet does, an event is not held on to,
         // since the reports behind it (a pod's end, which the namespace waits for) matter more.
         Err(kube::Error::Api(status)) if status.code == 403 => Outcome::Dropped(status.message.clone()),
         Err(error) => outcome_of(&error),
     }
+}
+
+/// Raises the count of an event that is there. One that was replayed, or overtaken, changes nothing.
+async fn raise(events: &Api<Event>, name: &str, report: &EventReport) -> Result<(), kube::Error> {
+    let existing = events.get(name).await?;
+    let Some(patch) = repetition(existing.count, report) else {
+        return Ok(());
+    };
+    events
+        .patch(name, &PatchParams::default(), &Patch::Merge(&patch))
+        .await
+        .map(drop)
+}
+
+/// What a report adds to an event that was counted so often; `None` when the event says as much already.
+fn repetition(counted: Option<i32>, report: &EventReport) -> Option<Value> {
+    let counted = u32::try_from(counted.unwrap_or(0)).unwrap_or(0);
+    (report.count > counted)
+        .then(|| json!({"count": report.count, "lastTimestamp": time(report.last_unix_nanos)}))
 }
 
 fn event(
@@ -114,6 +127,17 @@ mod tests {
         };
         assert_eq!(event_name(&report), event_name(&repeated));
         assert_ne!(event_name(&report), event_name(&later));
+    }
+
+    #[test]
+    fn a_replayed_or_overtaken_repetition_changes_nothing_and_a_later_one_raises_the_count() {
+        let report = EventReport {
+            count: 2,
+            ..Default::default()
+        };
+        assert_eq!(repetition(Some(1), &report).unwrap()["count"], 2);
+        assert_eq!(repetition(Some(2), &report), None);
+        assert_eq!(repetition(Some(3), &report), None);
     }
 
     #[test]

@@ -79,6 +79,7 @@ impl FleetSite {
             boot_id: common.boot_id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             incarnation,
+            instance: name.to_string(),
         };
         let link = Arc::new(Link::new(
             store.clone(),

@@ -15,6 +15,7 @@ mod identity;
 mod images;
 mod kubelet_api;
 mod lifecycle;
+mod link;
 mod local;
 mod parallel;
 mod pods;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         classes::scenarios(),
         uplink::scenarios(),
         policies::scenarios(),
+        link::scenarios(),
         devices::scenarios(),
         duties::scenarios(),
         details::scenarios(),
