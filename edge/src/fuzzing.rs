@@ -152,10 +152,7 @@ fn bulk_seeds() -> Vec<Vec<u8>> {
     };
     vec![
         message(cloud_bulk::Message::Change(change)),
-        message(cloud_bulk::Message::Synced(Synced {
-            seq: 1,
-            ..Synced::default()
-        })),
+        message(cloud_bulk::Message::Synced(Synced { seq: 1 })),
         upsert.encode_to_vec(),
     ]
 }

@@ -28,8 +28,11 @@ pub struct HouseClock {
     base: Arc<dyn Clock>,
     time: Arc<TrustedTime>,
     settings: Mutex<Vec<Setting>>,
-    keep: Box<dyn Fn(&[Setting]) + Send + Sync>,
+    keep: Keep,
 }
+
+/// Writes the settings down.
+type Keep = Box<dyn Fn(&[Setting]) + Send + Sync>;
 
 /// How the wall clock stands against the steady one, from some moment of the steady clock on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

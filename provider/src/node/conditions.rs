@@ -70,7 +70,7 @@ pub(super) fn news(current: &Value, state: &LinkState, away: bool, now: Timestam
             warnings.push(condition);
         }
     }
-    changed.then(|| News {
+    changed.then_some(News {
         list: Value::Array(list),
         warnings,
     })

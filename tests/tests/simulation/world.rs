@@ -283,9 +283,12 @@ impl World {
             }
             2..=4 => {
                 let most = 1 + self.rng.below(6);
-                if let Some(wire) = self.rng.pick(0..self.wires.len()) {
-                    self.deliver_up(wire)?;
-                    let _ = most;
+                // Most lines that were ever opened are dead, and would starve the others.
+                let waiting = (0..self.wires.len()).filter(|wire| !self.wires[*wire].up.is_empty());
+                if let Some(wire) = self.rng.pick(waiting) {
+                    for _ in 0..most {
+                        self.deliver_up(wire)?;
+                    }
                 }
             }
             5..=6 => {
