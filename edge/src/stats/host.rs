@@ -382,7 +382,8 @@ mod tests {
     fn the_descendants_of_a_process_are_counted_without_itself() {
         use std::io::BufRead;
         let mut shell = std::process::Command::new("sh")
-            .args(["-c", "sleep 100 & echo $!; wait"])
+            // It speaks once it is itself: between fork and exec a process may have no memory to count.
+            .args(["-c", "sh -c 'echo $$; kill -STOP $$' & wait"])
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
@@ -390,8 +391,8 @@ mod tests {
         let mut out = std::io::BufReader::new(shell.stdout.take().unwrap());
         out.read_line(&mut line).unwrap();
         let (_, resident, count) = tree(shell.id().cast_signed());
-        let sleep = nix::unistd::Pid::from_raw(line.trim().parse().unwrap());
-        nix::sys::signal::kill(sleep, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let child = nix::unistd::Pid::from_raw(line.trim().parse().unwrap());
+        nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL).unwrap();
         shell.wait().unwrap();
         assert_eq!(count, 1);
         assert!(resident > 0);

@@ -71,12 +71,27 @@ fn seeds_that_once_failed_pass() {
     }
 }
 
+/// Runs until some seed notices the broken rule.
+fn is_found(sabotage: Sabotage, complaint: &str) {
+    let broken = (0..400).find_map(|seed| World::new(seed, Some(sabotage)).run().err());
+    let broken = broken.unwrap_or_else(|| panic!("{sabotage:?} was not found by 400 seeds"));
+    assert!(broken.contains(complaint), "{sabotage:?} was found as: {broken}");
+}
+
+/// Those of [`Sabotage::ALL`] that today's histories are long enough to find come first.
+const FOUND: usize = 2;
+
 #[test]
-#[ignore = "finds an acknowledgement without commit and a removal without order; histories are too short of progress to find the rest"]
-fn each_invariant_that_is_broken_on_purpose_is_found() {
-    for (sabotage, complaint) in Sabotage::ALL {
-        let broken = (0..400).find_map(|seed| World::new(seed, Some(sabotage)).run().err());
-        let broken = broken.unwrap_or_else(|| panic!("{sabotage:?} was not found by 400 seeds"));
-        assert!(broken.contains(complaint), "{sabotage:?} was found as: {broken}");
+fn a_commit_that_is_only_claimed_and_a_removal_without_order_are_found() {
+    for (sabotage, complaint) in &Sabotage::ALL[..FOUND] {
+        is_found(*sabotage, complaint);
+    }
+}
+
+#[test]
+#[ignore = "a missing tombstone is not found by 400 seeds: after a restore the histories are too short for the rest"]
+fn the_other_invariants_that_are_broken_on_purpose_are_found() {
+    for (sabotage, complaint) in &Sabotage::ALL[FOUND..] {
+        is_found(*sabotage, complaint);
     }
 }
