@@ -1,5 +1,7 @@
 //! Certificates that count no more, though their time is not over: kept in the Site's spec.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
@@ -71,7 +73,7 @@ impl Revoked {
     }
 }
 
-/// Revokes one certificate of a site, or all that were made until `now`.
+/// Revokes one certificate of a site, or all that were made until `now`; returns when the next one would be good.
 pub async fn revoke(
     client: &Client,
     site: &SiteName,
@@ -102,6 +104,10 @@ pub async fn revoke(
     sites
         .patch(site.as_str(), &PatchParams::default(), &Patch::Merge(&patch))
         .await?;
+    if serial.is_none() {
+        // Certificates know whole seconds only: one of a site that joins again within this one would be revoked, too.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
     Ok(())
 }
 

@@ -55,7 +55,12 @@ fn without_a_cloud(t: &Test<'_>) {
     site.power_cut();
     site.start_edge();
     eventually(SOON, "the table shows the restarted pod", || {
-        let table = says(&site, &of_namespace);
+        let asked = edge(&site, &of_namespace);
+        // The daemon has only just been started.
+        if !asked.status.success() {
+            return Err(text(&asked));
+        }
+        let table = text(&asked);
         let mut lines = table.lines();
         let head: Vec<&str> = lines.next().unwrap_or_default().split_whitespace().collect();
         let cells: Vec<&str> = lines.next().unwrap_or_default().split_whitespace().collect();
