@@ -15,7 +15,7 @@ use crate::link::reports::{Outcome, outcome_of};
 use crate::link::sessions::Sessions;
 
 use super::NodeWrites;
-use super::writes::holds;
+use super::writes::{Newest, holds};
 
 /// Reason of the conditions of a Node whose site is not heard.
 pub const AWAY_REASON: &str = "EdgeDisconnected";
@@ -283,8 +283,18 @@ pub(super) async fn refresh_heard(
         // A report was faster.
         return Ok(());
     }
+    write_conditions(client, &mut newest, node, stamped(stale, current, now)).await
+}
+
+/// Writes conditions of a Node in the turn that the caller holds. A Node that is gone is fine.
+async fn write_conditions(
+    client: &Client,
+    newest: &mut Newest,
+    node: &Object,
+    conditions: Value,
+) -> Result<(), kube::Error> {
     let nodes: Api<Node> = Api::all(client.clone());
-    let patch = json!({"status": {"conditions": stamped(stale, current, now)}});
+    let patch = json!({"status": {"conditions": conditions}});
     match nodes
         .patch_status(&node.name, &PatchParams::default(), &Patch::Strategic(&patch))
         .await
@@ -329,19 +339,7 @@ pub(super) async fn mark_away(
     if away.is_empty() {
         return Ok(());
     }
-    let nodes: Api<Node> = Api::all(client.clone());
-    let patch = json!({"status": {"conditions": stamped(away, current, now)}});
-    match nodes
-        .patch_status(&node.name, &PatchParams::default(), &Patch::Strategic(&patch))
-        .await
-    {
-        Ok(node) => {
-            newest.note(node.metadata.resource_version.as_deref());
-            Ok(())
-        }
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        Err(error) => Err(error),
-    }
+    write_conditions(client, &mut newest, node, stamped(away, current, now)).await
 }
 
 #[cfg(test)]
