@@ -2,13 +2,16 @@
 
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// The first delay.
 const FIRST: Duration = Duration::from_secs(10);
 /// The longest delay.
 const LONGEST: Duration = Duration::from_secs(300);
+
+/// Tells what has passed since a moment, however the clock was set meanwhile.
+pub(crate) type Since<'a> = &'a dyn Fn(Timestamp) -> Duration;
 
 /// Where one thing that keeps failing stands.
 ///
@@ -23,21 +26,27 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// How long to wait still, for a failure that happened at `failed`, since when `waited` has passed; `None` = go ahead.
+    /// How long to wait still, for a failure that happened at `failed`; `None` = go ahead.
     pub(crate) fn remaining(
         this: Option<&Self>,
         key: &str,
         failed: Timestamp,
-        waited: Duration,
+        since: Since<'_>,
     ) -> Option<Duration> {
-        let this = this.filter(|b| b.key == key && !b.expired(failed))?;
-        this.delay.checked_sub(waited).filter(|d| !d.is_zero())
+        let this = this.filter(|b| b.key == key && !b.expired(failed, since))?;
+        this.delay.checked_sub(since(failed)).filter(|d| !d.is_zero())
     }
 
-    /// Takes note that another try is made now, after a failure at `failed`.
-    pub(crate) fn step(this: Option<&Self>, key: &str, failed: Timestamp, now: Timestamp) -> Self {
+    /// Takes note that another try is made `now`, after a failure at `failed`.
+    pub(crate) fn step(
+        this: Option<&Self>,
+        key: &str,
+        failed: Timestamp,
+        now: Timestamp,
+        since: Since<'_>,
+    ) -> Self {
         let delay = match this {
-            Some(b) if b.key == key && !b.expired(failed) => (b.delay * 2).min(LONGEST),
+            Some(b) if b.key == key && !b.expired(failed, since) => (b.delay * 2).min(LONGEST),
             _ => FIRST,
         };
         Self {
@@ -52,8 +61,9 @@ impl Backoff {
         self.delay
     }
 
-    fn expired(&self, failed: Timestamp) -> bool {
-        failed.duration_since(self.updated) > SignedDuration::from_secs(2 * LONGEST.as_secs().cast_signed())
+    /// Between two timestamps a clock may have been set, so what has passed since each is asked for.
+    fn expired(&self, failed: Timestamp, since: Since<'_>) -> bool {
+        since(self.updated).saturating_sub(since(failed)) > 2 * LONGEST
     }
 }
 
@@ -65,18 +75,17 @@ mod tests {
         Timestamp::from_second(1_000_000 + second).unwrap()
     }
 
+    /// What has passed since a moment when the clock shows `now` and was never set.
+    fn now(now: i64) -> impl Fn(Timestamp) -> Duration {
+        move |then| at(now).duration_since(then).try_into().unwrap_or_default()
+    }
+
     #[test]
     fn the_first_failure_waits_for_nothing_and_the_second_for_ten_seconds() {
-        assert_eq!(Backoff::remaining(None, "i", at(0), Duration::from_secs(0)), None);
-        let one = Backoff::step(None, "i", at(0), at(0));
-        assert_eq!(
-            Backoff::remaining(Some(&one), "i", at(5), Duration::from_secs(0)),
-            Some(FIRST)
-        );
-        assert_eq!(
-            Backoff::remaining(Some(&one), "i", at(5), Duration::from_secs(10)),
-            None
-        );
+        assert_eq!(Backoff::remaining(None, "i", at(0), &now(0)), None);
+        let one = Backoff::step(None, "i", at(0), at(0), &now(0));
+        assert_eq!(Backoff::remaining(Some(&one), "i", at(5), &now(5)), Some(FIRST));
+        assert_eq!(Backoff::remaining(Some(&one), "i", at(5), &now(15)), None);
     }
 
     #[test]
@@ -84,36 +93,60 @@ mod tests {
         let mut state = None;
         let mut delays = Vec::new();
         for _ in 0..8 {
-            let next = Backoff::step(state.as_ref(), "i", at(0), at(0));
+            let next = Backoff::step(state.as_ref(), "i", at(0), at(0), &now(0));
             delays.push(next.delay().as_secs());
             state = Some(next);
         }
         assert_eq!(delays, [10, 20, 40, 80, 160, 300, 300, 300]);
     }
 
+    fn long_failing() -> Backoff {
+        let mut state = Backoff::step(None, "i", at(0), at(0), &now(0));
+        for _ in 0..5 {
+            state = Backoff::step(Some(&state), "i", at(0), at(0), &now(0));
+        }
+        state
+    }
+
     #[test]
     fn after_ten_calm_minutes_the_story_starts_anew() {
-        let mut state = Backoff::step(None, "i", at(0), at(0));
-        for _ in 0..5 {
-            state = Backoff::step(Some(&state), "i", at(0), at(0));
-        }
+        let state = long_failing();
+        assert_eq!(Backoff::remaining(Some(&state), "i", at(601), &now(601)), None);
         assert_eq!(
-            Backoff::remaining(Some(&state), "i", at(601), Duration::from_secs(0)),
-            None
+            Backoff::step(Some(&state), "i", at(601), at(601), &now(601)).delay(),
+            FIRST
         );
-        assert_eq!(Backoff::step(Some(&state), "i", at(601), at(601)).delay(), FIRST);
         assert_eq!(
-            Backoff::step(Some(&state), "i", at(600), at(600)).delay(),
+            Backoff::step(Some(&state), "i", at(600), at(600), &now(600)).delay(),
+            LONGEST
+        );
+    }
+
+    #[test]
+    fn a_clock_that_is_set_is_no_calm() {
+        let state = long_failing();
+        // The clock was set five hours ahead after the last step; it failed twenty seconds after that step.
+        let failed = at(18_020);
+        let since = |then: Timestamp| {
+            if then == failed {
+                Duration::from_secs(1)
+            } else {
+                Duration::from_secs(21)
+            }
+        };
+        assert_eq!(
+            Backoff::remaining(Some(&state), "i", failed, &since),
+            Some(LONGEST - Duration::from_secs(1))
+        );
+        assert_eq!(
+            Backoff::step(Some(&state), "i", failed, failed, &since).delay(),
             LONGEST
         );
     }
 
     #[test]
     fn another_image_starts_anew() {
-        let state = Backoff::step(None, "i", at(0), at(0));
-        assert_eq!(
-            Backoff::remaining(Some(&state), "j", at(1), Duration::from_secs(0)),
-            None
-        );
+        let state = Backoff::step(None, "i", at(0), at(0), &now(0));
+        assert_eq!(Backoff::remaining(Some(&state), "j", at(1), &now(1)), None);
     }
 }

@@ -271,12 +271,14 @@ impl Worker {
 
     fn step_backoff(&mut self, container: &Container, ended: &Ended) -> Result<(), SyncError> {
         let now = self.shared.clock.now();
+        let since = |then| self.shared.clock.elapsed(then);
         let known = self.record.containers.entry(container.name.clone()).or_default();
         let step = Backoff::step(
             known.backoff.as_ref(),
             &backoff_key(container),
             ended.finished,
             now,
+            &since,
         );
         known.backoff = Some(step);
         self.save()

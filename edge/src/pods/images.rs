@@ -225,8 +225,8 @@ impl Images {
         let pulls = self.lock();
         let pull = pulls.get(key)?;
         let failed = pull.failed_at?;
-        let waited = self.clock.elapsed(failed);
-        let remaining = Backoff::remaining(pull.backoff.as_ref(), &key.1, failed, waited)?;
+        let since = |then| self.clock.elapsed(then);
+        let remaining = Backoff::remaining(pull.backoff.as_ref(), &key.1, failed, &since)?;
         Some((remaining, pull.error.clone()))
     }
 
@@ -311,7 +311,9 @@ impl Images {
                     match &result {
                         Ok(_) => (pull.backoff, pull.failed_at) = (None, None),
                         Err(error) => {
-                            pull.backoff = Some(Backoff::step(pull.backoff.as_ref(), &key.1, now, now));
+                            let since = |then| clock.elapsed(then);
+                            let step = Backoff::step(pull.backoff.as_ref(), &key.1, now, now, &since);
+                            pull.backoff = Some(step);
                             pull.failed_at = Some(now);
                             pull.error.clone_from(error);
                         }

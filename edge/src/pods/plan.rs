@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ContainerRestartRule, Pod};
 use skerry_proto::object::ContentHash;
 
-use super::backoff::Backoff;
+use super::backoff::{Backoff, Since};
 use super::record::{Ended, Instance, PodRecord, State, View};
 use super::{ephemeral, restart_all};
 use crate::runtime::SandboxState;
@@ -191,14 +191,14 @@ pub(crate) fn any_regular_started(pod: &Pod, record: &PodRecord) -> bool {
         .any(|i| record.is_current(i) && i.state != State::Created)
 }
 
-/// Plans for a pod that is neither ended nor under deletion. `waited` tells how long ago a container ended.
+/// Plans for a pod that is neither ended nor under deletion. `since` tells what has passed since a container ended.
 pub(crate) fn plan(
     pod: &Pod,
     record: &PodRecord,
     view: &View,
     isolated: bool,
     condemned: &[Condemned],
-    waited: &dyn Fn(Timestamp) -> Duration,
+    since: Since<'_>,
 ) -> Plan {
     if !sandbox_fits(pod, view, isolated) {
         return plan_sandbox(pod, record);
@@ -213,7 +213,7 @@ pub(crate) fn plan(
         pod,
         record,
         condemned,
-        waited,
+        since,
         plan: Plan::default(),
     };
     for container in ephemeral::wanted(pod, record) {
@@ -265,7 +265,7 @@ struct Planner<'a> {
     pod: &'a Pod,
     record: &'a PodRecord,
     condemned: &'a [Condemned],
-    waited: &'a dyn Fn(Timestamp) -> Duration,
+    since: Since<'a>,
     plan: Plan,
 }
 
@@ -391,13 +391,7 @@ impl Planner<'_> {
             let previous = known.and_then(|k| k.previous.clone());
             let waits = previous.as_ref().is_some_and(|ended| {
                 let backoff = known.and_then(|k| k.backoff.as_ref());
-                Backoff::remaining(
-                    backoff,
-                    &backoff_key(container),
-                    ended.finished,
-                    (self.waited)(ended.finished),
-                )
-                .is_some()
+                Backoff::remaining(backoff, &backoff_key(container), ended.finished, self.since).is_some()
             });
             if !waits {
                 self.plan.steps.push(Step::Start {
@@ -419,12 +413,7 @@ impl Planner<'_> {
         });
         if let Some(ended) = &ended {
             let backoff = self.record.containers.get(&name).and_then(|c| c.backoff.as_ref());
-            let remaining = Backoff::remaining(
-                backoff,
-                &backoff_key(container),
-                ended.finished,
-                (self.waited)(ended.finished),
-            );
+            let remaining = Backoff::remaining(backoff, &backoff_key(container), ended.finished, self.since);
             if let (Some(remaining), Some(backoff)) = (remaining, backoff) {
                 self.plan.waits.push(Waits {
                     name,

@@ -125,7 +125,10 @@ fn a_restart_rule_wins_over_the_policies() {
 fn a_second_crash_waits_for_the_back_off_and_then_starts() {
     let pod = pod(spec("Always"));
     let (mut record, view) = record_of(&pod, vec![container("c", "1", 1, exited(95, 1))]);
-    record.containers.get_mut("c").unwrap().backoff = Some(Backoff::step(None, "busybox", at(90), at(90)));
+    record.containers.get_mut("c").unwrap().backoff =
+        Some(Backoff::step(None, "busybox", at(90), at(90), &|_| {
+            Duration::ZERO
+        }));
     let early = plan(&pod, &record, &view, true, &[], &since(100));
     assert_eq!(early.steps, []);
     assert_eq!(early.waits[0].remaining, Duration::from_secs(5));
@@ -296,7 +299,10 @@ fn a_new_sandbox_starts_again_from_the_first_init_container() {
 fn a_crashed_container_of_an_older_sandbox_does_not_wait_for_its_back_off() {
     let pod = pod(spec("Always"));
     let (mut record, _) = record_of(&pod, vec![container("c", "1", 1, exited(95, 1))]);
-    record.containers.get_mut("c").unwrap().backoff = Some(Backoff::step(None, "busybox", at(95), at(95)));
+    record.containers.get_mut("c").unwrap().backoff =
+        Some(Backoff::step(None, "busybox", at(95), at(95), &|_| {
+            Duration::ZERO
+        }));
     let view = View::new(
         vec![sandbox("s2", 1)],
         vec![container("c", "1", 1, exited(95, 1))],
@@ -348,7 +354,7 @@ fn a_restart_by_a_probe_waits_only_while_the_end_of_the_instance_before_is_in_it
     let (other, view) = record_of(&pod, now.clone());
     record.observe(&View::new(vec![sandbox("s", 0)], now), at(11), |_| String::new());
     record.containers.get_mut("c").unwrap().last = other.containers["c"].last.clone();
-    let backoff = Backoff::step(None, "busybox", at(10), at(11));
+    let backoff = Backoff::step(None, "busybox", at(10), at(11), &|_| Duration::ZERO);
     record.containers.get_mut("c").unwrap().backoff = Some(backoff);
     let condemned = [Condemned {
         id: "1".into(),
