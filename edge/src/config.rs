@@ -133,7 +133,7 @@ pub struct Settings {
     /// Address of /healthz, /readyz and /metrics; loopback only [default: 127.0.0.1:9441]
     #[arg(long, env = "SKERRY_METRICS_LISTEN", value_name = "IP:PORT")]
     pub metrics_listen: Option<SocketAddr>,
-    /// What is logged, for example info,skerry_edge=debug [default: info]
+    /// What is logged: levels, or targets with their levels, for example info,skerry_edge=debug [default: info]
     #[arg(long, env = "SKERRY_LOG", value_name = "FILTER")]
     pub log: Option<String>,
     /// How log lines look: text or json [default: text]

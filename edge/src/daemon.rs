@@ -28,6 +28,7 @@ use crate::manifests::{self, Manifests};
 use crate::metrics::Metrics;
 use crate::node::{self, NodeConfig};
 use crate::pods::{self, Level, NodeEvents, Pods, PodsConfig};
+use crate::resident;
 use crate::rotation;
 use crate::runtime::cri::CriRuntime;
 use crate::runtime::process::ProcessRuntime;
@@ -281,6 +282,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), DaemonEr
     ));
     rooms.spawn(refresh_after_sync(pods.clone(), link.status(), stop.clone()));
     rooms.spawn(link.run(stop.clone()));
+    rooms.spawn(resident::run(stop.clone()));
     let ended = pods.run(stop.clone()).await;
     // The pods room ends with `stop`, or because the store fails: then nothing else may go on either.
     stop.cancel();

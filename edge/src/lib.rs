@@ -25,6 +25,7 @@ pub mod node;
 pub mod pods;
 mod readable;
 pub mod readiness;
+pub mod resident;
 pub mod rotation;
 pub mod runtime;
 pub mod shutdown;

@@ -11,6 +11,7 @@ use skerry_edge::daemon::{self, DaemonError};
 use skerry_edge::identity::{Identity, IdentityError, JoinError, JoinOptions, join};
 use skerry_edge::local;
 use skerry_edge::readiness;
+use skerry_edge::resident;
 use skerry_edge::shutdown as shutdown_of_pods;
 use skerry_edge::store::{Lane, OpenError, Store, StoreError};
 use skerry_telemetry::shutdown;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     if args.next().is_some_and(|verb| verb == "shim") {
         return skerry_edge::runtime::process::shim::main(args);
     }
+    resident::one_arena();
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)

@@ -85,7 +85,7 @@ pub struct Settings {
     /// days; later the site must join again [default: 180]
     #[arg(long, env = "SKERRY_EXPIRED_GRACE_DAYS", value_name = "DAYS", value_parser = clap::value_parser!(u64).range(0..=3650))]
     pub expired_grace_days: Option<u64>,
-    /// What is logged, for example info,skerry_provider=debug [default: info]
+    /// What is logged: levels, or targets with their levels, for example info,skerry_provider=debug [default: info]
     #[arg(long, env = "SKERRY_LOG", value_name = "FILTER", global = true)]
     pub log: Option<String>,
     /// How log lines look: text or json [default: text]

@@ -2,7 +2,7 @@
 //! store and the certificate are.
 //!
 //! The running daemon has the store's lock, so it answers: on a socket in its data directory ([`SOCKET`]), which only its
-//! own user may open, and members of the group `skerry` where there is one. One connection, one [`Question`], a line of
+//! own user may open, and members of the group `skerry` of `/etc/group` where there is one. One connection, one [`Question`], a line of
 //! JSON; the answer is lines of JSON ([`Line`]), the last of which says that it was complete. Nothing can be changed here.
 
 mod client;

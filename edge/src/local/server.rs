@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::unistd::Gid;
 use skerry_proto::link::Kind;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -21,6 +22,8 @@ use crate::streams::PodLookup;
 
 /// Members may ask, where there is such a group.
 const GROUP: &str = "skerry";
+/// Where groups of this machine stand. Not asked of the name service: its libraries would stay in memory for this.
+const GROUPS: &str = "/etc/group";
 /// Connections at one time.
 const CONNECTIONS: usize = 8;
 /// How long a client may take for its question, and for reading each line of the answer.
@@ -85,11 +88,21 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
-    let group = nix::unistd::Group::from_name(GROUP).ok().flatten();
-    let shared = group.is_some_and(|group| nix::unistd::chown(path, None, Some(group.gid)).is_ok());
+    let group = std::fs::read_to_string(GROUPS).unwrap_or_default();
+    let group = group_of(&group, GROUP);
+    let shared = group.is_some_and(|group| nix::unistd::chown(path, None, Some(group)).is_ok());
     let mode = if shared { 0o660 } else { 0o600 };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(listener)
+}
+
+/// The number of a group in the text of [`GROUPS`].
+fn group_of(groups: &str, name: &str) -> Option<Gid> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then_some(())?;
+        fields.nth(1)?.parse().ok().map(Gid::from_raw)
+    })
 }
 
 async fn answer(stream: UnixStream, local: Arc<Local>) -> io::Result<()> {
@@ -205,4 +218,17 @@ fn status(local: &Local) -> Result<SiteStatus, String> {
             .collect(),
         certificate_expires: local.identity.borrow().not_after.to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_found_by_its_whole_name() {
+        let text = "root:x:0:\nskerry-dev:x:5:\nskerry:x:998:ann,bob\nbroken\n";
+        assert_eq!(group_of(text, "skerry"), Some(Gid::from_raw(998)));
+        assert_eq!(group_of(text, "bob"), None);
+        assert_eq!(group_of("skerry:x:many:\nskerry:x\n", "skerry"), None);
+    }
 }

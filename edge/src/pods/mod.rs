@@ -300,6 +300,8 @@ impl Pods {
             tasks: JoinSet::new(),
             seen: BTreeMap::new(),
             looks: JoinSet::new(),
+            rest_looks: JoinSet::new(),
+            report_rested: false,
             next_look: tokio::time::Instant::now(),
             intake: intake::Intake::new(),
             stop: stop.clone(),
@@ -308,9 +310,10 @@ impl Pods {
         let mut runtime = self.shared.runtime.changes();
         let mut rounds = self.shared.report_round.subscribe();
         let mut nudges = self.shared.nudges.lock().await;
-        supervisor.restore_ledger()?;
+        let recorded = supervisor.find_recorded()?;
+        supervisor.restore_ledger(&recorded.holders)?;
         let mut statics = self.shared.statics.subscribe();
-        supervisor.look_at_everything()?;
+        supervisor.look_at_all(recorded.all)?;
         supervisor.look_at_statics();
         let mut tick = tokio::time::interval(RESYNC);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -322,6 +325,7 @@ impl Pods {
                     supervisor.look(moved);
                 }
                 Some(look) = supervisor.looks.join_next() => supervisor.looked(look),
+                Some(look) = supervisor.rest_looks.join_next() => supervisor.resting_looked_at(look),
                 // Wakes those for which it finds something; a worker looks up by itself now and then.
                 _ = tick.tick() => supervisor.look(Ok(())),
                 // The sender lives in `self`.
@@ -359,6 +363,9 @@ struct Supervisor {
     seen: BTreeMap<Uid, Inventory>,
     /// The look under way.
     looks: JoinSet<Result<Inventory, RuntimeError>>,
+    /// Looks at the objects of pods at rest that are under way, and whether these are to be reported after it.
+    rest_looks: JoinSet<Result<Vec<Uid>, StoreError>>,
+    report_rested: bool,
     /// Not before that comes the next one.
     next_look: tokio::time::Instant,
     intake: intake::Intake,
@@ -368,7 +375,12 @@ struct Supervisor {
 impl Supervisor {
     /// Every pod of the store has a worker or rests, and every worker whose pod is gone is told.
     fn look_at_everything(&mut self) -> Result<(), StoreError> {
-        let recorded = self.find_resting()?;
+        let recorded = self.find_recorded()?;
+        self.look_at_all(recorded.all)
+    }
+
+    /// The same, with the UIDs of all records.
+    fn look_at_all(&mut self, recorded: Vec<Uid>) -> Result<(), StoreError> {
         let stored = self.shared.store.uids(Kind::Pod)?;
         for uid in &stored {
             if !self.shared.resting.has(uid) {
@@ -388,18 +400,13 @@ impl Supervisor {
                 orders.send_modify(|o| o.removed = true);
             }
         }
-        self.look_at_resting()
+        self.look_at_resting();
+        Ok(())
     }
 
     /// Enters every pod that was admitted before into the book, so that no new one takes its room.
-    fn restore_ledger(&self) -> Result<(), StoreError> {
-        let mut holders = Vec::new();
-        self.shared
-            .store
-            .state_each::<resting::RecordInShort>(ROOM, |uid, record| {
-                holders.extend(record.holds_room().then(|| Uid::from(uid)));
-            })?;
-        for uid in holders {
+    fn restore_ledger(&self, holders: &[Uid]) -> Result<(), StoreError> {
+        for uid in holders.iter().cloned() {
             let record = self.shared.store.state_get::<PodRecord>(ROOM, uid.as_str())?;
             let Some(given) = record.and_then(|record| record.allocated) else {
                 continue;

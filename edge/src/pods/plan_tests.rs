@@ -1,5 +1,6 @@
 use super::*;
 use crate::pods::fixtures::{at, container, exited, pod, record_of, running, sandbox};
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 /// How long ago things are at that second.

@@ -7,8 +7,7 @@
 //! becomes terminal, and when it is no longer so (an older backup was restored). After each reconnection the status is
 //! reported again of those alone whose object does not show the end yet.
 
-use std::collections::BTreeMap;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use k8s_openapi::api::core::v1::PodStatus;
@@ -16,6 +15,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use skerry_proto::link::{Kind, PodStatusReport, report};
 use skerry_proto::object::{ObjectKey, Uid};
+use tokio::task::JoinError;
 
 use super::record::PodRecord;
 use super::worker::{Orders, Shared, Worker};
@@ -26,11 +26,11 @@ use crate::store::{Lane, NewReport, StoreError};
 /// Statuses that are reported again at one time.
 const AT_ONCE: usize = 64;
 
-/// How a pod has ended, and whether the API is known to show it.
+/// How a pod has ended, and whether the API shows it, once that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rest {
     succeeded: bool,
-    shown: bool,
+    shown: Option<bool>,
 }
 
 /// The pods at rest.
@@ -47,7 +47,7 @@ impl Resting {
     }
 
     fn put(&self, uid: &Uid, succeeded: bool) {
-        let shown = false;
+        let shown = None;
         self.lock().insert(uid.clone(), Rest { succeeded, shown });
     }
 
@@ -69,13 +69,25 @@ impl Resting {
 
     fn note_shown(&self, uid: &Uid, shown: bool) {
         if let Some(rest) = self.lock().get_mut(uid) {
-            rest.shown = shown;
+            rest.shown = Some(shown);
         }
+    }
+
+    /// For one who looked at older objects: what has become known since stays.
+    fn note_shown_before(&self, uid: &Uid, shown: bool) {
+        if let Some(rest) = self.lock().get_mut(uid) {
+            rest.shown.get_or_insert(shown);
+        }
+    }
+
+    /// Nothing is known any more about what the API shows.
+    fn doubt_shown(&self) {
+        self.lock().values_mut().for_each(|rest| rest.shown = None);
     }
 
     fn not_shown(&self) -> Vec<Uid> {
         let resting = self.lock();
-        let not_shown = resting.iter().filter(|(_, rest)| !rest.shown);
+        let not_shown = resting.iter().filter(|(_, rest)| rest.shown != Some(true));
         not_shown.map(|(uid, _)| uid.clone()).collect()
     }
 
@@ -174,10 +186,18 @@ impl Worker {
     }
 }
 
+/// What the stored records tell before any pod is looked at.
+pub(super) struct Recorded {
+    /// Pods that have a record.
+    pub(super) all: Vec<Uid>,
+    /// Those of them that hold what they were given.
+    pub(super) holders: Vec<Uid>,
+}
+
 impl Supervisor {
-    /// Finds the pods that rest already when the daemon starts. Answers every record's UID.
-    pub(super) fn find_resting(&self) -> Result<Vec<Uid>, StoreError> {
-        let mut all = Vec::new();
+    /// Reads all records and finds the pods that rest already. One pass over the store, since there may be thousands.
+    pub(super) fn find_recorded(&self) -> Result<Recorded, StoreError> {
+        let (mut all, mut holders) = (Vec::new(), Vec::new());
         self.shared
             .store
             .state_each::<RecordInShort>(ROOM, |uid, record| {
@@ -189,33 +209,40 @@ impl Supervisor {
                 {
                     self.shared.resting.put(&uid, succeeded);
                 }
+                if record.holds_room() {
+                    holders.push(uid.clone());
+                }
                 all.push(uid);
             })?;
-        Ok(all)
+        Ok(Recorded { all, holders })
     }
 
-    /// Looks at the objects of all pods at rest. One pass over the store, since there may be thousands.
-    pub(super) fn look_at_resting(&mut self) -> Result<(), StoreError> {
-        let mut gone: std::collections::BTreeSet<Uid> = self.shared.resting.all().into_iter().collect();
-        let mut wakes = Vec::new();
-        let resting = &self.shared.resting;
-        self.shared.store.each(Kind::Pod, |object| {
-            let uid = object.key.uid.clone();
-            if !gone.remove(&uid) {
-                return;
+    /// Begins to look at the objects of all pods at rest. There may be thousands, and those that run must not wait for them.
+    pub(super) fn look_at_resting(&mut self) {
+        self.shared.resting.doubt_shown();
+        let shared = Arc::clone(&self.shared);
+        self.rest_looks.spawn_blocking(move || stirring(&shared));
+    }
+
+    /// Wakes those that shall not go on resting.
+    pub(super) fn resting_looked_at(&mut self, look: Result<Result<Vec<Uid>, StoreError>, JoinError>) {
+        match look {
+            Ok(Ok(stirring)) => {
+                for uid in stirring {
+                    let kind = Kind::Pod;
+                    let key = ObjectKey { kind, uid };
+                    // Its object may be another one by now.
+                    if self.shared.resting.has(&key.uid) && !self.still_rests(&key) {
+                        self.begin(&key.uid);
+                    }
+                }
             }
-            match object.decode::<PodInShort>() {
-                Ok(pod) if pod.metadata.deletion_timestamp.is_some() => wakes.push(uid),
-                Ok(pod) => resting.note_shown(&uid, pod.status.is_end()),
-                // It is told where it is needed.
-                Err(_) => {}
-            }
-        })?;
-        for uid in wakes.into_iter().chain(gone) {
-            self.shared.resting.wake(&uid);
-            self.begin(&uid);
+            Ok(Err(error)) => tracing::error!(%error, "the objects of pods that have ended cannot be read"),
+            Err(error) => tracing::error!(%error, "the look at pods that have ended failed"),
         }
-        Ok(())
+        if self.rest_looks.is_empty() && std::mem::take(&mut self.report_rested) {
+            self.report_resting();
+        }
     }
 
     /// The object of a pod at rest may have changed. Answers whether the pod goes on resting.
@@ -245,10 +272,36 @@ impl Supervisor {
         }
     }
 
-    /// Reports the end of those whose objects do not show it.
-    pub(super) fn report_resting(&self) {
-        report_again(&self.shared, self.shared.resting.not_shown());
+    /// Reports the end of those whose objects do not show it, once that is known.
+    pub(super) fn report_resting(&mut self) {
+        if self.rest_looks.is_empty() {
+            report_again(&self.shared, self.shared.resting.not_shown());
+        } else {
+            self.report_rested = true;
+        }
     }
+}
+
+/// The pods at rest whose object is to be deleted or gone; of the others it is noted what the API shows. One pass over the
+/// store. Blocking.
+fn stirring(shared: &Shared) -> Result<Vec<Uid>, StoreError> {
+    let resting = &shared.resting;
+    let mut gone: BTreeSet<Uid> = resting.all().into_iter().collect();
+    let mut leaving = Vec::new();
+    shared.store.each(Kind::Pod, |object| {
+        let uid = object.key.uid.clone();
+        if !gone.remove(&uid) {
+            return;
+        }
+        match object.decode::<PodInShort>() {
+            Ok(pod) if pod.metadata.deletion_timestamp.is_some() => leaving.push(uid),
+            Ok(pod) => resting.note_shown_before(&uid, pod.status.is_end()),
+            // It is told where it is needed.
+            Err(_) => {}
+        }
+    })?;
+    leaving.extend(gone);
+    Ok(leaving)
 }
 
 /// Reports again how pods have ended, a few at a time, beside everything else.
