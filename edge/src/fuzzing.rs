@@ -5,7 +5,8 @@
 use jiff::Timestamp;
 use prost::Message;
 use serde_json::json;
-use skerry_proto::fuzzing::Target;
+use skerry_proto::device::{Defaults, DeviceSpec, normalise};
+use skerry_proto::fuzzing::{Target, joined, parts};
 use skerry_proto::link::{
     Change, CloudBulk, JoinResponse, OpenTunnel, StreamTarget, Synced, Upsert, Welcome, change, cloud_bulk,
     open_tunnel,
@@ -13,10 +14,11 @@ use skerry_proto::link::{
 use skerry_proto::object::pack;
 
 use crate::config::Settings;
+use crate::runtime::cri;
 use crate::{devices, identity, link, local, manifests, pods, store, streams};
 
 /// The decoders of the edge.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 16] = [
     Target {
         name: "cloud_bulk",
         run: cloud_bulk_messages,
@@ -127,6 +129,58 @@ pub const TARGETS: [Target; 10] = [
             serde_json::to_vec(&question).into_iter().collect()
         },
     },
+    Target {
+        name: "identity_files",
+        run: identity_files,
+        seeds: || {
+            let facts = json!({"site": "harbour", "trustDomain": "skerry.local", "provider": "p:443"});
+            let pem = |label: &str| format!("-----BEGIN {label}-----\nMAMCAQE=\n-----END {label}-----\n");
+            let secrets = pem("PRIVATE KEY") + &pem("CERTIFICATE");
+            let files = [facts.to_string(), secrets, pem("CERTIFICATE")].map(String::into_bytes);
+            vec![joined(&files)]
+        },
+    },
+    Target {
+        name: "proxy_answer",
+        run: identity::any_proxy_answer,
+        seeds: || {
+            vec![
+                b"HTTP/1.1 200 Connection established\r\nA: b\r\n\r\nrest".to_vec(),
+                b"HTTP/1.0 407 Authenticate\r\n\r\n".to_vec(),
+                b"http://us%40er:p%3a@[::1]:3128".to_vec(),
+                b"10.0.0.0/8,.example,*,host:443".to_vec(),
+            ]
+        },
+    },
+    Target {
+        name: "engine_answer",
+        run: cri::any_answer,
+        seeds: cri::answer_seeds,
+    },
+    Target {
+        name: "cloud_pod",
+        run: pods::any_pod,
+        seeds: pods::pod_seeds,
+    },
+    Target {
+        name: "pull_secret",
+        run: pods::any_pull_secret,
+        seeds: pods::pull_secret_seeds,
+    },
+    Target {
+        name: "device_object",
+        run: device_object,
+        seeds: || {
+            let spec = json!({"protocol": "modbus", "properties": [
+                {"name": "temp", "type": "float", "accessMode": "ReadOnly", "descriptor": {"scale": 0.1, "unit": "°C"}},
+                {"name": "n", "type": "int", "descriptor": {"register": "input", "address": 7, "rawType": "uint32",
+                    "order": "CDAB", "offset": -3, "minimum": 0, "maximum": 5, "interval": "500ms"}}]});
+            vec![joined(&[
+                spec.to_string().into_bytes(),
+                vec![0, 241, 0, 7, 0, 0, 0, 1],
+            ])]
+        },
+    },
 ];
 
 fn bulk_seeds() -> Vec<Vec<u8>> {
@@ -202,6 +256,32 @@ pub fn tunnel_order(bytes: &[u8]) {
 pub fn local_question(bytes: &[u8]) {
     let _ = serde_json::from_slice::<local::Question>(bytes);
     let _ = serde_json::from_slice::<local::Line>(bytes);
+}
+
+/// The three files of a site's identity.
+pub fn identity_files(bytes: &[u8]) {
+    let mut parts = parts(bytes);
+    let mut next = || parts.next().unwrap_or_default();
+    identity::any_files(next(), next(), next());
+}
+
+/// A Device's specification, and registers that its server answers.
+pub fn device_object(bytes: &[u8]) {
+    let mut parts = parts(bytes);
+    let mut next = || parts.next().unwrap_or_default();
+    let (spec, registers) = (next(), next());
+    let Ok(spec) = serde_json::from_slice::<DeviceSpec>(spec) else {
+        return;
+    };
+    if let Ok(device) = normalise(&spec, &Defaults::default()) {
+        let registers: Vec<u16> = registers
+            .chunks_exact(2)
+            .map(|two| u16::from_be_bytes([two[0], two[1]]))
+            .collect();
+        for point in &device.points {
+            devices::any_registers(point, &registers);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -105,7 +105,10 @@ mod tests {
     fn only_what_is_as_in_the_programs_file_is_given_back() {
         assert_eq!(
             unwritten(MAPS, "/opt/my edge/skerry-edge"),
-            [(0x55d0_c000_0000, 0x55d0_c027_5000), (0x55d0_c027_5000, 0x55d0_c0ba_0000)]
+            [
+                (0x55d0_c000_0000, 0x55d0_c027_5000),
+                (0x55d0_c027_5000, 0x55d0_c0ba_0000)
+            ]
         );
         assert_eq!(unwritten(MAPS, "/opt/my edge/skerry-edge (deleted)"), []);
         assert_eq!(unwritten("garbage\n1-2\n", "/x"), []);

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| skerry_proto::fuzzing::run(&skerry_provider::fuzzing::TARGETS, "join_request", bytes));
+skerry_fuzz::target!(skerry_provider, "join_request");

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| skerry_proto::fuzzing::run(&skerry_proto::fuzzing::TARGETS, "link_messages", bytes));
+skerry_fuzz::target!(skerry_proto, "link_messages");

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| skerry_proto::fuzzing::run(&skerry_edge::fuzzing::TARGETS, "static_pod", bytes));
+skerry_fuzz::target!(skerry_edge, "static_pod");

@@ -60,6 +60,25 @@ pub fn packed_object(bytes: &[u8]) {
     }
 }
 
+/// Cuts an input into messages: each after its length, two bytes, little-endian.
+pub fn parts(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let (length, rest) = bytes.split_first_chunk::<2>()?;
+        let (part, rest) = rest.split_at_checked(u16::from_le_bytes(*length).into())?;
+        bytes = rest;
+        Some(part)
+    })
+}
+
+/// Puts messages together as [`parts`] takes them apart. Those that are too long are left out.
+pub fn joined(messages: &[Vec<u8>]) -> Vec<u8> {
+    let lengths = messages.iter().filter_map(|message| {
+        let length = u16::try_from(message.len()).ok()?;
+        Some([&length.to_le_bytes()[..], message].concat())
+    });
+    lengths.flatten().collect()
+}
+
 /// Gives the bytes to the target of that name.
 ///
 /// # Panics
@@ -87,6 +106,7 @@ pub fn pound(target: &Target, rounds: usize) {
     let until = seconds.map(|seconds| std::time::Instant::now() + std::time::Duration::from_secs(seconds));
     let mut chance = Chance::new(target.name);
     let mut corpus = (target.seeds)();
+    corpus.extend(regressions(target.name));
     corpus.push(Vec::new());
     let mut round = 0;
     while until.map_or(round < rounds, |until| std::time::Instant::now() < until) {
@@ -107,6 +127,25 @@ pub fn pound(target: &Target, rounds: usize) {
         }
         round += 1;
     }
+}
+
+/// Inputs that once broke the target: files in `fuzz/regressions/NAME`.
+fn regressions(name: &str) -> Vec<Vec<u8>> {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/regressions");
+    let files = std::fs::read_dir(dir.join(name)).into_iter().flatten().flatten();
+    let mut files: Vec<_> = files.map(|file| file.path()).collect();
+    files.sort();
+    files.iter().filter_map(|file| std::fs::read(file).ok()).collect()
+}
+
+/// Writes the target's seeds into `dir/NAME`, for libFuzzer to start from.
+pub fn write_seeds(target: &Target, dir: &std::path::Path) -> std::io::Result<()> {
+    let dir = dir.join(target.name);
+    std::fs::create_dir_all(&dir)?;
+    for (number, seed) in (target.seeds)().iter().enumerate() {
+        std::fs::write(dir.join(format!("seed-{number}")), seed)?;
+    }
+    Ok(())
 }
 
 /// A small generator: splitmix64.

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::Clock;
+pub(crate) use numeric::any_registers;
 pub use ports::{DeviceObject, DeviceStore};
 
 use bus::Bus;

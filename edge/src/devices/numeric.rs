@@ -71,6 +71,16 @@ pub(crate) fn decode(point: &Point, raw: &Raw) -> Result<Decoded, PointError> {
     Ok(scaled(point, number))
 }
 
+/// Hostile registers.
+pub(crate) fn any_registers(point: &Point, words: &[u16]) {
+    let needed = words.get(..usize::from(point.address.count)).unwrap_or(words);
+    let _ = decode(point, &Raw::Words(needed.to_vec()));
+    let _ = decode(
+        point,
+        &Raw::Bits(words.iter().map(|word| word & 1 == 1).collect()),
+    );
+}
+
 fn ordered(point: &Point, words: &[u16]) -> Vec<u16> {
     let mut words = words.to_vec();
     if point.order.swap_bytes {

@@ -60,16 +60,22 @@ pub(super) fn load(data_dir: &Path) -> Result<Identity, IdentityError> {
             });
         }
     };
-    let facts: Facts = serde_json::from_slice(&facts).map_err(|e| damaged(&facts_file, e))?;
-    let secrets_file = dir.join(SECRETS);
-    let pem = read(&secrets_file)?;
+    let (secrets_file, roots_file) = (dir.join(SECRETS), dir.join(ROOTS));
+    let secrets = read(&secrets_file)?;
     closed(&secrets_file)?;
-    let chain = certificates(&secrets_file, &pem)?;
-    let key = rustls_pemfile::private_key(&mut pem.as_slice())
+    let roots = read(&roots_file)?;
+    assemble(&dir, &facts, &secrets, &roots)
+}
+
+/// The identity that the content of the three files in `dir` makes.
+fn assemble(dir: &Path, facts: &[u8], secrets: &[u8], roots: &[u8]) -> Result<Identity, IdentityError> {
+    let (facts_file, secrets_file, roots_file) = (dir.join(FACTS), dir.join(SECRETS), dir.join(ROOTS));
+    let facts: Facts = serde_json::from_slice(facts).map_err(|e| damaged(&facts_file, e))?;
+    let chain = certificates(&secrets_file, secrets)?;
+    let key = rustls_pemfile::private_key(&mut &*secrets)
         .map_err(|e| damaged(&secrets_file, e))?
         .ok_or_else(|| damaged(&secrets_file, "no private key in it"))?;
-    let roots_file = dir.join(ROOTS);
-    let roots = certificates(&roots_file, &read(&roots_file)?)?;
+    let roots = certificates(&roots_file, roots)?;
     let trust_domain = facts.trust_domain.parse().map_err(|e| damaged(&facts_file, e))?;
     let leaf = chain
         .first()
@@ -90,6 +96,11 @@ pub(super) fn load(data_dir: &Path) -> Result<Identity, IdentityError> {
     SpiffeId::from_certificate_der(&identity.chain[0]).map_err(|e| damaged(&secrets_file, e))?;
     rustls::crypto::ring::sign::any_supported_type(&identity.key).map_err(|e| damaged(&secrets_file, e))?;
     Ok(identity)
+}
+
+/// Hostile bytes as the three files.
+pub(crate) fn any_files(facts: &[u8], secrets: &[u8], roots: &[u8]) {
+    let _ = assemble(Path::new("/d"), facts, secrets, roots);
 }
 
 /// Makes the directory and proves that files can be written there, so that a token is not spent in vain.

@@ -27,8 +27,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use skerry_proto::{SiteName, SpiffeId, TrustDomain};
 
 pub use dial::Dialer;
+pub(crate) use files::any_files;
 pub(crate) use join::check as check_answer;
 pub use join::{JoinError, JoinOptions, join};
+pub(crate) use proxy::any_answer as any_proxy_answer;
 pub use proxy::{Proxy, ProxyRules};
 pub use renew::Renewer;
 pub use time::{Doubt, TrustedTime};

@@ -11,6 +11,7 @@ use std::net::IpAddr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use futures::FutureExt as _;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Longest head of a proxy's answer.
@@ -220,6 +221,25 @@ impl Proxy {
             Some(_) => Err(format!("the proxy {self:?} does not connect to {target}: {line}")),
             None => Err(format!("{self:?} is no HTTP proxy")),
         }
+    }
+}
+
+/// Hostile bytes as a proxy's answer, and as its URL.
+pub(crate) fn any_answer(bytes: &[u8]) {
+    let proxy = Proxy {
+        host: "proxy".to_owned(),
+        port: 3128,
+        authorization: None,
+    };
+    let mut stream = tokio::io::join(bytes, tokio::io::sink());
+    // All bytes are there: nothing has to be waited for.
+    let _ = proxy.connect(&mut stream, "provider", 443).now_or_never();
+    let _ = ProxyRules::new(Some(&String::from_utf8_lossy(bytes)), |_| None);
+    if let Ok(rules) = ProxyRules::new(None, |name| {
+        let value = if name == "NO_PROXY" { bytes } else { b"proxy:1" };
+        Some(String::from_utf8_lossy(value).into_owned())
+    }) {
+        let _ = (rules.through("10.0.0.1", 443), rules.through("a.example", 443));
     }
 }
 

@@ -33,6 +33,7 @@ mod ephemeral;
 mod events;
 #[cfg(test)]
 pub(crate) mod fixtures;
+mod fuzzing;
 mod groups;
 mod hooks;
 mod httpget;
@@ -85,6 +86,7 @@ use crate::runtime::{Inventory, Runtime, RuntimeError};
 use crate::store::{ObjectChanged, Store, StoreError};
 pub(crate) use class::class_of;
 use events::Events;
+pub(crate) use fuzzing::{any_pod, any_pull_secret, pod_seeds, pull_secret_seeds};
 use images::Images;
 use ledger::{Ledger, Nudge};
 pub use probes::ProbeMetrics;

@@ -2,7 +2,7 @@
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-/// Thousandths of the quantity's unit, rounded up; `None` when the text is no quantity.
+/// Thousandths of the quantity's unit, rounded up, at most a 64-bit number of units; `None` when the text is no quantity.
 ///
 /// Grammar: `<sign?><digits>[.<digits>]<suffix>` with a binary (`Ki`…`Ei`), decimal (`n u m k M G T P E`) or exponent
 /// (`e3`, `E-2`) suffix.
@@ -23,9 +23,11 @@ pub(crate) fn milli(quantity: &Quantity) -> Option<i128> {
     let fraction = fraction.get(..fraction.len().min(9))?;
     let digits: i128 = format!("{whole}{fraction}").parse().ok()?;
     let (factor, divisor) = scale(suffix)?;
-    let numerator = digits.checked_mul(factor)?.checked_mul(1000)?;
+    // More than a 64-bit number of units is as much as that, as for the API server; sums of them stay far from overflow.
+    let numerator = digits.saturating_mul(factor).saturating_mul(1000);
     let denominator = divisor.checked_mul(10_i128.checked_pow(u32::try_from(fraction.len()).ok()?)?)?;
     let rounded = numerator / denominator + i128::from(numerator % denominator != 0);
+    let rounded = rounded.min(i128::from(i64::MAX) * 1000);
     Some(if negative { -rounded } else { rounded })
 }
 
@@ -127,6 +129,7 @@ mod tests {
             ("1E-2", 10),
             ("100n", 1),
             ("-2", -2000),
+            ("99999999999999999999P", i128::from(i64::MAX) * 1000),
         ] {
             assert_eq!(milli(&Quantity(text.into())), Some(expected), "{text}");
         }

@@ -3,17 +3,18 @@
 use bytes::Bytes;
 use skerry_proto::link::StreamTarget;
 
-use super::{lines, process, spdy, websocket};
+use super::{lines, process, relay, spdy, websocket};
 
 /// The first byte chooses what the others are.
 pub(crate) fn any_client(bytes: &[u8]) {
     let Some((choice, rest)) = bytes.split_first() else {
         return;
     };
-    match choice % 4 {
+    match choice % 5 {
         0 => spdy::decode_any(rest),
         1 => websocket::decode_any(Bytes::copy_from_slice(rest)),
         2 => websocket::read_any(rest),
+        3 => relay::any_head(rest),
         _ => {
             for line in rest.split(|byte| *byte == b'\n') {
                 let _ = lines::parse(line);
@@ -30,6 +31,10 @@ pub(crate) fn client_seeds() -> Vec<Vec<u8>> {
         with(2, vec![0x82, 0x85, 1, 2, 3, 4, 1, 2, 3, 4, 5]),
         with(
             3,
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: SPDY/3.1\r\nX-A: b".to_vec(),
+        ),
+        with(
+            4,
             b"2026-01-01T00:00:00.5Z stdout F text\n2026-01-01T00:00:00Z stderr P x".to_vec(),
         ),
     ];

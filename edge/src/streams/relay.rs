@@ -155,6 +155,11 @@ fn parse_head(head: &[u8]) -> Option<Head> {
     })
 }
 
+/// Hostile bytes as the head of an engine's answer.
+pub(super) fn any_head(bytes: &[u8]) {
+    let _ = parse_head(bytes);
+}
+
 /// The runtime refused the upgrade: its words are for the person who asked.
 async fn refused(
     head: Head,

@@ -19,4 +19,5 @@ mod report;
 
 pub use controller::run;
 pub use reachable::tell;
+pub(crate) use report::any_reported;
 pub use report::apply_report;

@@ -59,4 +59,5 @@ pub trait PodDirectory: Send + Sync + 'static {
     fn locate(&self, namespace: &str, pod: &str) -> Option<PodLocation>;
 }
 
+pub(crate) use nodes::any_answer;
 pub(crate) use upgrade::any_ready;

@@ -210,6 +210,17 @@ impl Nodes {
     }
 }
 
+/// Hostile bytes as a site's answers to questions about its node.
+pub(crate) fn any_answer(bytes: &[u8]) {
+    let text = decompress(bytes, MAX_QUERY_ANSWER_BYTES);
+    let text = text.as_deref().unwrap_or(bytes);
+    let _ = serde_json::from_slice::<Vec<Value>>(text).map(list);
+    if let Ok(snapshot) = serde_json::from_slice::<Snapshot>(text) {
+        let _ = serde_json::to_value(only_cpu_and_memory(&snapshot.summary));
+        let _ = (resource::render(&snapshot), cadvisor::render(&snapshot));
+    }
+}
+
 fn garbled(site: &SiteName) -> Refusal {
     let text =
         format!("site {site} gave an answer that cannot be read; do provider and edge fit together?\n");

@@ -254,7 +254,26 @@ fn stamped(conditions: Vec<Value>, current: &Value, now: Timestamp) -> Value {
         condition["lastHeartbeatTime"] = Value::from(now.clone());
         condition
     };
-    Value::Array(conditions.into_iter().map(stamp).collect())
+    // A site may send anything; what is no condition is left out.
+    let conditions = conditions.into_iter().filter(Value::is_object);
+    Value::Array(conditions.map(stamp).collect())
+}
+
+/// Hostile bytes as the status that a site measured.
+pub(crate) fn any_measured(bytes: &[u8]) {
+    let Ok(measured) = serde_json::from_slice::<Map<String, Value>>(bytes) else {
+        return;
+    };
+    let address = KubeletAddress {
+        ip: std::net::Ipv4Addr::LOCALHOST.into(),
+        port: 10250,
+    };
+    let patch = status_patch(&measured, &Value::Null, &address, Timestamp::UNIX_EPOCH);
+    let current = Value::Object(measured.clone());
+    let again = status_patch(&measured, &current, &address, Timestamp::UNIX_EPOCH);
+    for patch in [patch, again] {
+        let _ = says(&current, &patch["status"], Timestamp::UNIX_EPOCH);
+    }
 }
 
 /// Keeps `lastHeartbeatTime` of a heard site's Node fresh, as often as a kubelet does: the site itself reports only changes.

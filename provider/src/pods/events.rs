@@ -104,6 +104,12 @@ fn time(unix_nanos: i64) -> Option<String> {
     Some(time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
 }
 
+/// A hostile site's event.
+pub(crate) fn any_event(report: &EventReport, site: &SiteName) {
+    let _ = repetition(Some(1), report);
+    let _ = event(&event_name(report), "default", site, report);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@
 use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::api::{Api, DeleteParams, PostParams, Preconditions};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use skerry_proto::SiteName;
 use skerry_proto::link::{EventReport, Kind, MirrorPodReport};
 use skerry_proto::static_pod::{self, MIRROR, forbidden_reference};
@@ -113,19 +113,20 @@ fn build(mut pod: Value, site: &SiteName, node_uid: &str, report: &MirrorPodRepo
     if let Some(what) = forbidden_reference(&pod) {
         return Err(format!("static pods may not refer to {what}"));
     }
-    let (mut labels, mut annotations) = (
-        pod["metadata"]["labels"].take(),
-        pod["metadata"]["annotations"].take(),
+    // A site may send anything: what is no object counts as an empty one.
+    let object = |value: Option<&mut Value>| match value.map(Value::take) {
+        Some(Value::Object(map)) => map,
+        _ => Map::new(),
+    };
+    let mut metadata = object(pod.get_mut("metadata"));
+    let (labels, mut annotations) = (
+        object(metadata.get_mut("labels")),
+        object(metadata.get_mut("annotations")),
     );
-    if !labels.is_object() {
-        labels = json!({});
-    }
-    if !annotations.is_object() {
-        annotations = json!({});
-    }
-    annotations[MIRROR] = json!(report.hash);
-    annotations[static_pod::HASH] = json!(report.hash);
-    pod["spec"]["nodeName"] = json!(site.as_str());
+    annotations.insert(MIRROR.to_owned(), json!(report.hash));
+    annotations.insert(static_pod::HASH.to_owned(), json!(report.hash));
+    let mut spec = object(pod.get_mut("spec"));
+    spec.insert("nodeName".to_owned(), json!(site.as_str()));
     let mirror = json!({
         "metadata": {
             "name": report.name,
@@ -136,9 +137,16 @@ fn build(mut pod: Value, site: &SiteName, node_uid: &str, report: &MirrorPodRepo
                 "apiVersion": "v1", "kind": "Node", "name": site.as_str(), "uid": node_uid, "controller": true,
             }],
         },
-        "spec": pod["spec"].take(),
+        "spec": spec,
     });
     serde_json::from_value(mirror).map_err(|error| format!("the static pod is no Pod: {error}"))
+}
+
+/// A hostile site's static pod.
+pub(crate) fn any_mirror(pod_json: &[u8], report: &MirrorPodReport, site: &SiteName) {
+    if let Ok(pod) = serde_json::from_slice(pod_json) {
+        let _ = build(pod, site, "u", report);
+    }
 }
 
 async fn delete(pods: &Api<Pod>, name: &str, uid: String) -> Result<(), Outcome> {

@@ -196,6 +196,18 @@ fn complete_condition(mut condition: Value) -> Value {
     condition
 }
 
+/// Hostile bytes as the status that a site reports for a pod.
+pub(crate) fn any_reported(bytes: &[u8]) {
+    if let Ok(Value::Object(reported)) = serde_json::from_slice(bytes) {
+        let _ = status_patch(&reported, &Value::Null, "u");
+        let current = json!({"phase": "Running", "podIPs": [{"ip": "10.0.0.1"}], "resources": {}, "conditions": [
+            {"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": "False"},
+            {"type": "DisruptionTarget", "status": "True"}]});
+        let _ = status_patch(&reported, &current, "u");
+        let _ = status_patch(&reported, &Value::Object(reported.clone()), "u");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -606,7 +606,7 @@ impl Client {
 }
 
 /// `pid` in the JSON under `info`, as containerd and CRI-O give it.
-fn pid(info: &std::collections::HashMap<String, String>) -> i32 {
+pub(super) fn pid(info: &std::collections::HashMap<String, String>) -> i32 {
     let parsed = info
         .get("info")
         .and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());

@@ -84,6 +84,30 @@ fn ended_task(envelope: &Envelope) -> Option<String> {
     (exit.id == exit.container_id).then_some(exit.container_id)
 }
 
+/// Hostile bytes as an event.
+pub(super) fn decode_any(bytes: &[u8]) {
+    if let Ok(envelope) = Envelope::decode(bytes) {
+        let _ = ended_task(&envelope);
+    }
+}
+
+pub(super) fn seeds() -> Vec<Vec<u8>> {
+    let exit = TaskExit {
+        container_id: "c".to_owned(),
+        id: "c".to_owned(),
+        ..TaskExit::default()
+    };
+    let envelope = Envelope {
+        topic: EXIT.to_owned(),
+        event: Some(super::containerd::Content {
+            type_url: String::new(),
+            value: exit.encode_to_vec(),
+        }),
+        ..Envelope::default()
+    };
+    vec![envelope.encode_to_vec()]
+}
+
 /// Waits until CRI knows of the end of a task too, or does not know the task at all.
 async fn settled(client: &Client, id: String) {
     let looking = async {

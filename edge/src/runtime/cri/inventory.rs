@@ -144,7 +144,7 @@ async fn ask_container(client: &Client, brief: api::Container) -> Result<(i32, C
     Ok((status.state, container(brief, status)))
 }
 
-fn sandbox(brief: api::PodSandbox, status: &api::PodSandboxStatus) -> Sandbox {
+pub(super) fn sandbox(brief: api::PodSandbox, status: &api::PodSandboxStatus) -> Sandbox {
     let state = match status.state() {
         api::PodSandboxState::SandboxReady => SandboxState::Ready,
         api::PodSandboxState::SandboxNotready => SandboxState::NotReady,
@@ -186,7 +186,7 @@ fn addresses(network: Option<&api::PodSandboxNetworkStatus>) -> Vec<IpAddr> {
         .collect()
 }
 
-fn container(brief: api::Container, status: api::ContainerStatus) -> Container {
+pub(super) fn container(brief: api::Container, status: api::ContainerStatus) -> Container {
     let state = container_state(&status);
     let metadata = brief.metadata.unwrap_or_default();
     let mut labels = brief.labels;

@@ -10,6 +10,7 @@
 //! * [`exits`]: containerd's own notice that a task has ended, the quickest of them;
 //! * [`gate`]: how many costly calls are under way at the same time, and which come first;
 //! * [`reserved`]: gets a name back that a crash in the middle of a creation has left taken;
+//! * [`fuzzing`]: hostile bytes as an engine's answers;
 //! * [`stay`]: which images must stay, and where images are kept.
 //!
 //! The runtime keeps all state: a new [`CriRuntime`] on the same socket sees what an earlier one made. The engine may
@@ -21,6 +22,7 @@ mod client;
 mod config;
 mod exits;
 mod failure;
+mod fuzzing;
 mod gate;
 mod inventory;
 mod operations;
@@ -44,6 +46,7 @@ use super::{
 };
 use crate::cgroup::Driver;
 use client::Client;
+pub(crate) use fuzzing::{answer_seeds, any_answer};
 use gate::{Gate, Turn};
 pub use operations::Operations;
 

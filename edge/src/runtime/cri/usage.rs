@@ -129,7 +129,7 @@ fn running(inventory: &Inventory) -> impl Iterator<Item = &crate::runtime::Conta
         .filter(move |container| running(&container.state))
 }
 
-fn layer(stats: api::ContainerStats) -> Option<(String, DiskUse)> {
+pub(super) fn layer(stats: api::ContainerStats) -> Option<(String, DiskUse)> {
     Some((stats.attributes?.id, used(&stats.writable_layer?)))
 }
 
@@ -140,7 +140,7 @@ fn used(usage: &api::FilesystemUsage) -> DiskUse {
     }
 }
 
-fn disk(usage: &api::FilesystemUsage) -> Option<(PathBuf, DiskUse)> {
+pub(super) fn disk(usage: &api::FilesystemUsage) -> Option<(PathBuf, DiskUse)> {
     let dir = PathBuf::from(&usage.fs_id.as_ref()?.mountpoint);
     Some((dir, used(usage)))
 }
