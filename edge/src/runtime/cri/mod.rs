@@ -248,11 +248,13 @@ impl Runtime for CriRuntime {
     }
 
     async fn stop_container(&self, id: &ContainerId, grace: Duration) -> Result<(), RuntimeError> {
-        self.after_change(gone_is_success(self.client.stop_container(&id.0, grace).await))
+        let call = self.client.stop_container(&id.0, grace);
+        self.after_change(gone_is_success(self.gate.pass(Turn::Signal, call).await))
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
-        self.after_change(gone_is_success(self.client.remove_container(&id.0).await))
+        let call = self.client.remove_container(&id.0);
+        self.after_change(gone_is_success(self.gate.pass(Turn::Container, call).await))
     }
 
     async fn update_container(&self, id: &ContainerId, resources: &Resources) -> Result<(), RuntimeError> {
