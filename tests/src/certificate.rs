@@ -1,11 +1,15 @@
-//! Certificates of sites, made to measure: what the CA would have issued at another time.
+//! Certificates made to measure: a site's as the CA would have issued it at another time, and those of a signer of the
+//! cluster.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType, SerialNumber};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, SanType, SerialNumber,
+};
 use serde_json::Value;
 
 use crate::kubectl::Kubectl;
@@ -67,6 +71,31 @@ pub fn expire(kubectl: &Kubectl, site: &Site, ago: Duration) {
     // Written in place: its permissions stay.
     std::fs::write(file(site), format!("{}{}", &pem[..key_end], certificate.pem()))
         .expect("the identity can be written");
+}
+
+/// Signs a CertificateSigningRequest in the signer's place, with a CA of its own: answers that CA and the certificate, both
+/// as PEM. The certificate is good for some minutes more, but most of its life is over.
+///
+/// # Panics
+/// When the request cannot be signed.
+pub fn sign_aged(request: &Value) -> (String, String) {
+    let pem = request["spec"]["request"].as_str().expect("a request");
+    let pem = String::from_utf8(STANDARD.decode(pem).expect("base64")).expect("PEM");
+    let mut wanted = CertificateSigningRequestParams::from_pem(&pem).expect("a readable request");
+    let now = SystemTime::now();
+    wanted.params.not_before = (now - Duration::from_secs(6_000)).into();
+    wanted.params.not_after = (now + Duration::from_secs(600)).into();
+
+    let key = KeyPair::generate().expect("a key");
+    let mut params = CertificateParams::default();
+    params
+        .distinguished_name
+        .push(DnType::CommonName, "another signer");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = params.self_signed(&key).expect("a CA").pem();
+    let issuer = Issuer::new(params, key);
+    let certificate = wanted.signed_by(&issuer).expect("a certificate");
+    (ca, certificate.pem())
 }
 
 fn unhex(text: &str) -> Vec<u8> {

@@ -11,6 +11,7 @@ pub mod certificate;
 pub mod churn;
 pub mod cluster;
 pub mod containerd;
+pub mod doorkeeper;
 pub mod fleet;
 pub mod kubectl;
 pub mod metrics_server;

@@ -53,6 +53,11 @@ impl Registry {
         }
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Its name in references: `127.0.0.1:PORT`.
     pub fn host(&self) -> String {
         self.address.to_string()
@@ -78,7 +83,12 @@ impl Registry {
 
     /// A Secret with the registry's credentials.
     pub fn secret(&self, name: &str) -> String {
-        let config = json!({"auths": {self.host(): {"username": USER, "password": PASSWORD}}});
+        self.secret_at(&self.host(), name)
+    }
+
+    /// The same for a registry that goes by another host's name.
+    pub fn secret_at(&self, host: &str, name: &str) -> String {
+        let config = json!({"auths": {host: {"username": USER, "password": PASSWORD}}});
         json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name},
             "type": "kubernetes.io/dockerconfigjson", "stringData": {".dockerconfigjson": config.to_string()}})
         .to_string()
@@ -93,7 +103,22 @@ impl Registry {
     }
 }
 
-fn ctr(site: &Site, args: &[&str]) -> String {
+/// Imports an image that no other has into the site's containerd: a shell over busybox, which differs with the name.
+///
+/// # Panics
+/// When that fails.
+pub fn import_image(site: &Site, name: &str) {
+    let tar = site.dir().join("image.tar");
+    let tar = tar.to_str().expect("the path is text");
+    crate::process::hack("image", &[tar, name, "sh", "-c", name]);
+    ctr(site, &["import", tar]);
+}
+
+/// `ctr images`, in the site's containerd and the namespace of its pods; what it prints.
+///
+/// # Panics
+/// When that fails.
+pub fn ctr(site: &Site, args: &[&str]) -> String {
     let socket = site.dir().join("containerd/containerd.sock");
     let out = Command::new("ctr")
         .arg("--address")

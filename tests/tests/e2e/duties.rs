@@ -5,7 +5,8 @@ use std::process::Stdio;
 use serde_json::json;
 use skerry_tests::kubectl::condition;
 use skerry_tests::pods::{event, identity, phase, ready};
-use skerry_tests::process::{hack, workspace_binary};
+use skerry_tests::process::workspace_binary;
+use skerry_tests::registry::import_image;
 use skerry_tests::runner::{Scenario, Test};
 use skerry_tests::site::{IMAGE, Runtime, Site};
 use skerry_tests::wait::{SOON, eventually, same};
@@ -128,21 +129,6 @@ fn log_rotation(t: &Test<'_>) {
             "more\n",
         )
     });
-}
-
-/// Imports an image that no other has into the site's containerd.
-fn import_image(site: &Site, name: &str) {
-    let tar = site.dir().join("image.tar");
-    let path = |p: &std::path::Path| p.to_str().expect("the path is text").to_owned();
-    hack("image", &[&path(&tar), name, "sh", "-c", name]);
-    let out = std::process::Command::new("ctr")
-        .args(["--namespace", "k8s.io", "--address"])
-        .arg(site.dir().join("containerd/containerd.sock"))
-        .args(["images", "import"])
-        .arg(&tar)
-        .output()
-        .expect("ctr runs");
-    assert!(out.status.success(), "{out:?}");
 }
 
 fn image_collection(t: &Test<'_>) {

@@ -1,10 +1,14 @@
 //! Images from a registry that wants to know who asks.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
+use skerry_tests::doorkeeper::{Door, Doorkeeper};
 use skerry_tests::pods::{event, output, phase, ready, waiting};
-use skerry_tests::registry::Registry;
+use skerry_tests::registry::{Registry, ctr, import_image};
 use skerry_tests::runner::{Scenario, Test};
-use skerry_tests::site::{IMAGE, Runtime};
+use skerry_tests::site::{IMAGE, Runtime, Site};
+use skerry_tests::wait::{SOON, eventually, same};
 
 pub(crate) fn scenarios() -> Vec<Scenario> {
     let containerd = |name, run| Scenario::on(Runtime::Containerd, name, run);
@@ -16,6 +20,18 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
         containerd("a Secret of the older form opens a registry, too", legacy_secret),
         containerd("an image is pulled by its digest, and only once", digest),
         containerd("a name that cannot be an image's is refused", invalid_name),
+        containerd(
+            "no more images are pulled at a time than the node may",
+            bounded_pulls,
+        ),
+        containerd(
+            "a registry that has too much to do is named, and asked again later",
+            busy_registry,
+        ),
+        containerd(
+            "whose a pulled image is outlives a restart of the daemon",
+            access_after_restart,
+        ),
     ]
     .into_iter()
     .flatten()
@@ -136,4 +152,85 @@ fn invalid_name(t: &Test<'_>) {
         "{message}"
     );
     phase(&t.kubectl, "pod", "Pending");
+}
+
+fn bounded_pulls(t: &Test<'_>) {
+    const MOST: usize = 2;
+    let (mut site, registry) = (t.own_site(), registry(t));
+    let door = Doorkeeper::before(registry.address());
+    let names: BTreeSet<String> = (0..5).map(|i| format!("many/tool-{i}")).collect();
+    for name in &names {
+        registry.push(&site, IMAGE, &format!("{name}:1"));
+    }
+    site.stop_edge();
+    site.set_flags(&["--max-parallel-image-pulls=2"]);
+    site.start_edge();
+    site.wait_ready();
+
+    door.set(Door::Closed);
+    t.kubectl.apply(&registry.secret_at(&door.host(), "pull"));
+    let pod = |name: &str| name.replace('/', "-");
+    for name in &names {
+        let image = format!("{}/{name}:1", door.host());
+        t.kubectl
+            .apply(&site.pod(&pod(name), user(&image, "Always", &["pull"])));
+    }
+    // Each has been begun as far as the pods can tell.
+    for name in &names {
+        event(&t.kubectl, &pod(name), "Pulling");
+    }
+    let mut left = names.clone();
+    while !left.is_empty() {
+        let waiting = eventually(SOON, "the next pulls are at the door", || {
+            let waiting: BTreeSet<_> = door.waiting().intersection(&left).cloned().collect();
+            same(waiting.len(), MOST.min(left.len())).map(|()| waiting)
+        });
+        let first = waiting.first().unwrap();
+        door.let_in(first);
+        assert_eq!(output(&t.kubectl, &pod(first)), "fetched\n");
+        left.remove(first);
+    }
+}
+
+fn busy_registry(t: &Test<'_>) {
+    let (site, registry) = (t.site(), registry(t));
+    let door = Doorkeeper::before(registry.address());
+    registry.push(site, IMAGE, "crowded/tool:1");
+    let image = format!("{}/crowded/tool:1", door.host());
+    t.kubectl.apply(&registry.secret_at(&door.host(), "pull"));
+    door.set(Door::Busy);
+    t.kubectl
+        .apply(&site.pod("pod", user(&image, "Always", &["pull"])));
+    let status = waiting(&t.kubectl, "pod", &["ErrImagePull", "ImagePullBackOff"]);
+    let message = status["state"]["waiting"]["message"].as_str().unwrap();
+    assert!(message.contains(&image) && message.contains("429"), "{message}");
+    let failed = event(&t.kubectl, "pod", "Failed");
+    assert!(failed.contains("429 Too Many Requests"), "{failed}");
+    waiting(&t.kubectl, "pod", &["ImagePullBackOff"]);
+    assert_ne!(door.turned_away(), 0);
+    door.set(Door::Open);
+    assert_eq!(output(&t.kubectl, "pod"), "fetched\n");
+}
+
+fn access_after_restart(t: &Test<'_>) {
+    const OWN: &str = "docker.io/library/own:1";
+    let (mut site, registry) = (t.own_site(), registry(t));
+    import_image(&site, OWN);
+    registry.push(&site, OWN, "private/own:1");
+    ctr(&site, &["rm", "--sync", OWN]);
+    let image = format!("{}/private/own:1", registry.host());
+    let apply = |site: &Site, name: &str, policy: &str, secrets: &[&str]| {
+        t.kubectl.apply(&site.pod(name, user(&image, policy, secrets)));
+    };
+    t.kubectl.apply(&registry.secret("pull"));
+    apply(&site, "owner", "IfNotPresent", &["pull"]);
+    assert_eq!(output(&t.kubectl, "owner"), "fetched\n");
+
+    assert_eq!(site.stop_edge(), 0);
+    site.start_edge();
+    site.wait_ready();
+    apply(&site, "thief", "Never", &[]);
+    waiting(&t.kubectl, "thief", &["ErrImageNeverPull"]);
+    apply(&site, "friend", "Never", &["pull"]);
+    assert_eq!(output(&t.kubectl, "friend"), "fetched\n");
 }

@@ -1,9 +1,14 @@
 //! The kubelet API about whole nodes: measurements, lists, settings, and who may read them.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
+use skerry_tests::certificate;
 use skerry_tests::kubectl::Kubectl;
 use skerry_tests::metrics_server::MetricsServer;
 use skerry_tests::pods::ready;
@@ -27,7 +32,7 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
         Scenario::each("a node runs a command, and refuses what it does not do", run),
         Scenario::once("a node's metrics count calls, starts and itself", own_metrics),
         Scenario::once(
-            "the kubelet endpoint takes up the cluster's certificate once it is approved",
+            "the kubelet endpoint takes up the cluster's certificates as they are approved, and drops no stream",
             serving_certificate,
         ),
         Scenario::once(
@@ -296,46 +301,112 @@ fn top(t: &Test<'_>) {
     t.kubectl.run(&["delete", "pod", "on-process", "--wait=true"]);
 }
 
+/// The newest request for a serving certificate that nobody has answered.
+fn open_request(kubectl: &Kubectl) -> Result<Value, String> {
+    let requests = kubectl.list("csr", &[])?;
+    let open = requests.into_iter().find(|csr| {
+        csr["spec"]["signerName"] == "kubernetes.io/kubelet-serving" && csr["status"]["certificate"].is_null()
+    });
+    open.ok_or_else(|| "there is none".into())
+}
+
+/// Asks the kubelet endpoint as nobody, who trusts that CA: refused either way, but by whom says which certificate is shown.
+fn is_shown(server: &str, ca: &std::path::Path) -> Result<(), String> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let nobody = Kubectl::new(file.path().to_owned());
+    let ca = ca.to_str().unwrap();
+    let args = [
+        &format!("--server={server}"),
+        "--certificate-authority",
+        ca,
+        "--token",
+        "nonsense",
+        "get",
+        "--raw",
+        "/healthz",
+    ];
+    let answer = nobody.attempt(&args).unwrap_err();
+    match answer.contains("provide credentials") {
+        true => Ok(()),
+        false => Err(answer),
+    }
+}
+
 fn serving_certificate(t: &Test<'_>) {
-    let requests = t.kubectl.list("csr", &[]).unwrap();
-    let ours = requests
-        .iter()
-        .find(|csr| csr["spec"]["signerName"] == "kubernetes.io/kubelet-serving");
-    let name = ours.expect("the provider has asked for a certificate")["metadata"]["name"].clone();
     let node = t.kubectl.get("node", t.site().name()).unwrap();
     let address = node["status"]["addresses"][0]["address"].as_str().unwrap();
     let port = &node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"];
-    // With the cluster's CA, which a client may use to check kubelets: 401 is an answer, a wrong certificate is not.
+    let server = format!("https://{address}:{port}");
     let ca = t.cluster.dir().join("control-plane/ca.crt");
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let nobody = Kubectl::new(file.path().to_owned());
-    let ask = || {
-        let (server, ca) = (format!("--server=https://{address}:{port}"), ca.to_str().unwrap());
-        let args = [
-            &server,
-            "--certificate-authority",
-            ca,
-            "--token",
-            "nonsense",
-            "get",
-            "--raw",
-            "/healthz",
-        ];
-        nobody.attempt(&args).unwrap_err()
-    };
-    let before = ask();
+    let before = is_shown(&server, &ca).unwrap_err();
     assert!(
         before.contains("certificate signed by unknown authority"),
         "{before}"
     );
-    t.kubectl.run(&["certificate", "approve", name.as_str().unwrap()]);
-    eventually(SOON, "the certificate of the cluster's signer is shown", || {
-        let answer = ask();
-        match answer.contains("provide credentials") {
-            true => Ok(()),
-            false => Err(answer),
+    // What is open stays open, whatever is shown to those who come later.
+    let spec = json!({"containers": [{"command": ["sleep", "1000"]}]});
+    t.kubectl.apply(&t.site().pod("pod", spec));
+    ready(&t.kubectl, "pod");
+    let mut talk = t
+        .kubectl
+        .command(&["exec", "-i", "pod", "--", "cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut say, mut hear) = (
+        talk.stdin.take().unwrap(),
+        BufReader::new(talk.stdout.take().unwrap()),
+    );
+    let mut echo = |word: &str| {
+        writeln!(say, "{word}").unwrap();
+        let mut line = String::new();
+        hear.read_line(&mut line).unwrap();
+        assert_eq!(line.trim_end(), word);
+    };
+    echo("before");
+
+    // A first certificate, by another signer, whose time for a successor has come.
+    let first = eventually(SOON, "the provider has asked for a certificate", || {
+        open_request(&t.kubectl)
+    });
+    let (other_ca, certificate) = certificate::sign_aged(&first);
+    let mut signed = first.clone();
+    signed["status"] = json!({"certificate": STANDARD.encode(certificate)});
+    let name = |request: &Value| request["metadata"]["name"].as_str().unwrap().to_owned();
+    let path = format!(
+        "/apis/certificates.k8s.io/v1/certificatesigningrequests/{}/status",
+        name(&first)
+    );
+    let out = t
+        .kubectl
+        .output_with(&["replace", "--raw", &path, "-f", "-"], &signed.to_string());
+    assert!(out.status.success(), "{}", text(&out));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), other_ca).unwrap();
+    eventually(SOON, "the first certificate is shown", || {
+        is_shown(&server, file.path())
+    });
+    echo("with the first");
+
+    let second = eventually(SOON, "the provider has asked for another", || {
+        let request = open_request(&t.kubectl)?;
+        if name(&request) == name(&first) {
+            Err("that is the first".into())
+        } else {
+            Ok(request)
         }
     });
+    is_shown(&server, file.path()).unwrap();
+    t.kubectl.run(&["certificate", "approve", &name(&second)]);
+    eventually(SOON, "the certificate of the cluster's signer is shown", || {
+        is_shown(&server, &ca)
+    });
+    is_shown(&server, file.path()).unwrap_err();
+    echo("with the second");
+    drop(say);
+    assert!(talk.wait().unwrap().success());
+
     let metrics = skerry_tests::cluster::http_get(t.cluster.metrics(), "/metrics")
         .unwrap()
         .1;

@@ -1,9 +1,16 @@
 //! Volumes beyond those that every pod has: claims, refusals, ownership, files as environment.
 
+use std::time::{Duration, SystemTime};
+
 use serde_json::{Value, json};
-use skerry_tests::pods::{event, output, phase};
+use skerry_edge::store::Store;
+use skerry_proto::link::{Kind, Upsert, change};
+use skerry_proto::object::pack;
+use skerry_tests::kubectl::Kubectl;
+use skerry_tests::pods::{event, identity, output, phase, ready};
 use skerry_tests::process::is_root;
 use skerry_tests::runner::{Scenario, Test};
+use skerry_tests::site::Site;
 use skerry_tests::wait::{SOON, eventually, same};
 
 pub(crate) fn scenarios() -> Vec<Scenario> {
@@ -29,6 +36,10 @@ pub(crate) fn scenarios() -> Vec<Scenario> {
         Scenario::each(
             "a subPath without its variable is refused by name",
             missing_subpath,
+        ),
+        Scenario::each(
+            "a token whose time is nearly up is replaced in the running pod",
+            renewed_token,
         ),
     ]
     .into_iter()
@@ -186,4 +197,72 @@ fn missing_subpath(t: &Test<'_>) {
         same(waiting["message"].as_str(), Some("missing value for NOWHERE"))?;
         same(waiting["reason"].as_str(), Some("CreateContainerConfigError"))
     });
+}
+
+/// What the API server says of a token: whose pod it is.
+fn review(kubectl: &Kubectl, token: &str) -> Value {
+    let review =
+        json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
+    let out = kubectl.output_with(&["create", "-f", "-", "-o", "json"], &review.to_string());
+    let review: Value = serde_json::from_slice(&out.stdout).unwrap();
+    review["status"]["user"]["extra"]["authentication.kubernetes.io/pod-name"][0].clone()
+}
+
+/// Makes every token in the site's store one that expires in a minute, as if most of its life had passed. The daemon
+/// must not be running.
+fn age_tokens(site: &Site) -> usize {
+    let soon = SystemTime::now() + Duration::from_secs(60);
+    let soon = soon.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let store = Store::open(&site.data_dir()).unwrap();
+    let tokens = store.list(Kind::ServiceAccountToken).unwrap();
+    let aged: Vec<_> = tokens
+        .iter()
+        .map(|token| {
+            change::Change::Upsert(Upsert {
+                kind: Kind::ServiceAccountToken.into(),
+                uid: token.key.uid.to_string(),
+                namespace: token.namespace.clone(),
+                name: token.name.clone(),
+                hash: token.hash.0.to_vec().into(),
+                json_zstd: pack(&token.decode().unwrap()).unwrap().into(),
+                expires_unix: i64::try_from(soon).unwrap(),
+                ..Upsert::default()
+            })
+        })
+        .collect();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(store.apply(aged)).unwrap();
+    tokens.len()
+}
+
+fn renewed_token(t: &Test<'_>) {
+    let mut site = t.own_site();
+    let spec = json!({
+        "containers": [{"command": ["sleep", "1000"], "volumeMounts": [{"name": "t", "mountPath": "/t"}]}],
+        "automountServiceAccountToken": false,
+        "volumes": [{"name": "t", "projected": {"sources": [
+            {"serviceAccountToken": {"path": "token", "expirationSeconds": 600}}]}}],
+    });
+    t.kubectl.apply(&site.pod("pod", spec));
+    let before = identity(&ready(&t.kubectl, "pod"));
+    let read = || t.kubectl.attempt(&["exec", "pod", "--", "cat", "/t/token"]);
+    let first = eventually(SOON, "the token can be read", read);
+    assert_eq!(review(&t.kubectl, &first), "pod");
+
+    assert_eq!(site.stop_edge(), 0);
+    assert_eq!(age_tokens(&site), 1);
+    site.start_edge();
+    site.wait_ready();
+    let second = eventually(SOON, "the pod has another token", || {
+        let token = read()?;
+        if token == first {
+            Err("it is the old one".into())
+        } else {
+            Ok(token)
+        }
+    });
+    assert_eq!(review(&t.kubectl, &second), "pod");
+    // Nothing else has changed, and the new one is left in peace.
+    assert_eq!(identity(&ready(&t.kubectl, "pod")), before);
+    assert_eq!(read().unwrap(), second);
 }
