@@ -95,7 +95,6 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
     let exit = TaskExit {
         container_id: "c".to_owned(),
         id: "c".to_owned(),
-        ..TaskExit::default()
     };
     let envelope = Envelope {
         topic: EXIT.to_owned(),

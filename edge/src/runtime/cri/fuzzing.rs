@@ -88,7 +88,6 @@ pub(crate) fn answer_seeds() -> Vec<Vec<u8>> {
             ..Default::default()
         }),
         info,
-        ..Default::default()
     };
     let list = api::ListContainersResponse {
         containers: vec![api::Container {
