@@ -6,6 +6,18 @@ pub const MAX_OBJECT_BYTES: usize = 3 * 1024 * 1024;
 /// Largest gRPC message on the link, either way: one object, badly compressible, with its envelope.
 pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
 
+/// Longest name that a peer may give anything: a version, a boot, a store, a feature, a lane.
+pub const MAX_WORD_BYTES: usize = 256;
+
+/// Most features that a peer may name.
+pub const MAX_FEATURES: usize = 64;
+
+/// Longest message of an event; a kubelet's longest are the output of a failed probe, 10 KiB.
+pub const MAX_EVENT_MESSAGE_BYTES: usize = 16 * 1024;
+
+/// Bytes of reports of one site that the provider keeps while it works on them; one who sends more waits.
+pub const MAX_REPORT_BYTES_UNDER_WAY: usize = 16 * 1024 * 1024;
+
 /// Most entries in one `Inventory` part.
 pub const INVENTORY_PART: usize = 2_000;
 

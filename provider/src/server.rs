@@ -418,7 +418,9 @@ impl ReportSink for Sink {
                 };
                 node::status::apply(&self.client, &self.mirror, &self.writes, &address, site, status).await
             }
-            Some(report::Report::Event(event)) => pods::events::apply(&self.client, site, event).await,
+            Some(report::Report::Event(event)) => {
+                pods::events::apply(&self.client, &self.mirror, site, event).await
+            }
             Some(report::Report::MirrorPod(mirror)) => {
                 pods::mirrors::apply(&self.client, &self.mirror, site, mirror).await
             }

@@ -1,5 +1,6 @@
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
@@ -26,6 +27,11 @@ pub(super) const KINDS: [Kind; 10] = [
     Kind::PersistentVolumeClaim,
     Kind::PersistentVolume,
 ];
+
+/// How long and of how many pods it is remembered whose they were: what a site says of them comes late, later still over
+/// a line that was cut.
+const DEPARTED_FOR: Duration = Duration::from_secs(3_600);
+const MOST_DEPARTED: usize = 20_000;
 
 /// Everything that one site should hold now.
 #[derive(Default)]
@@ -65,6 +71,8 @@ struct State {
     users: Index<(KindOrd, String, String)>,
     services_by_namespace: Index<String>,
     devices_by_node: Index<String>,
+    /// Whose the pods were that went a short while ago.
+    departed: Departed,
     synced: HashSet<Kind>,
 }
 
@@ -221,6 +229,11 @@ impl Mirror {
         Some((pod.site.clone(), Arc::clone(object)))
     }
 
+    /// The site that a pod was bound to which went a short while ago.
+    pub fn departed_from(&self, uid: &Uid) -> Option<SiteName> {
+        self.read().departed.sites.get(uid).cloned()
+    }
+
     /// The pods bound to a site.
     pub fn pods_of(&self, site: &SiteName) -> Vec<Arc<Object>> {
         let state = self.read();
@@ -265,7 +278,7 @@ impl Mirror {
     }
 
     /// Takes a deletion from the informer.
-    pub(super) fn delete(&self, kind: Kind, uid: &Uid) {
+    pub(crate) fn delete(&self, kind: Kind, uid: &Uid) {
         let mut dirty = BTreeSet::new();
         {
             let mut state = self.write();
@@ -273,6 +286,10 @@ impl Mirror {
                 return;
             };
             if kind == Kind::Pod {
+                if let Some(pod) = state.pods.get(uid) {
+                    let site = pod.site.clone();
+                    state.departed.note(uid, site, Instant::now());
+                }
                 state.unbind(uid, &mut dirty);
             }
             state.forget(&object);
@@ -326,6 +343,27 @@ impl Mirror {
 impl Desired {
     fn add(&mut self, object: &Arc<Object>) {
         self.objects.insert(object.key.clone(), Arc::clone(object));
+    }
+}
+
+/// Pods that went, until their last words have come.
+#[derive(Default)]
+struct Departed {
+    sites: HashMap<Uid, SiteName>,
+    order: VecDeque<(Instant, Uid)>,
+}
+
+impl Departed {
+    fn note(&mut self, uid: &Uid, site: SiteName, now: Instant) {
+        self.sites.insert(uid.clone(), site);
+        self.order.push_back((now, uid.clone()));
+        while let Some((gone, uid)) = self.order.front() {
+            if self.order.len() <= MOST_DEPARTED && now.duration_since(*gone) < DEPARTED_FOR {
+                break;
+            }
+            self.sites.remove(uid);
+            self.order.pop_front();
+        }
     }
 }
 
@@ -576,6 +614,27 @@ mod tests {
             named("settings", "one", json!({"data": {"k": "w"}})),
         );
         assert_eq!(moved(), (false, false));
+    }
+
+    #[test]
+    fn of_a_pod_that_went_it_is_remembered_for_a_while_whose_it_was() {
+        let mirror = Mirror::new();
+        mirror.apply(Kind::Pod, pod("a", "one", "harbour", "settings"));
+        assert_eq!(mirror.departed_from(&Uid::from("a")), None);
+        mirror.delete(Kind::Pod, &Uid::from("a"));
+        assert_eq!(mirror.departed_from(&Uid::from("a")), Some(site("harbour")));
+        let mut departed = Departed::default();
+        let now = Instant::now();
+        departed.note(&Uid::from("a"), site("harbour"), now);
+        departed.note(&Uid::from("b"), site("harbour"), now + DEPARTED_FOR);
+        assert!(!departed.sites.contains_key(&Uid::from("a")));
+        for number in 0..=MOST_DEPARTED {
+            departed.note(&Uid::from(number.to_string()), site("harbour"), now);
+        }
+        assert_eq!(
+            (departed.sites.len(), departed.order.len()),
+            (MOST_DEPARTED, MOST_DEPARTED)
+        );
     }
 
     #[test]

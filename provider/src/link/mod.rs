@@ -12,6 +12,7 @@ mod arrivals;
 mod bulk;
 mod class;
 mod connection;
+mod door;
 mod gate;
 pub mod lives;
 pub mod reports;

@@ -14,8 +14,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use prost::Message as _;
 use skerry_proto::SiteName;
-use skerry_proto::limits::{CONTROL_REPORT_WINDOW, REPORT_WINDOW};
+use skerry_proto::limits::{CONTROL_REPORT_WINDOW, MAX_REPORT_BYTES_UNDER_WAY, REPORT_WINDOW};
 use skerry_proto::link::report_result::Outcome as Wire;
 use skerry_proto::link::{CloudBulk, CloudControl, Report, ReportResult, cloud_bulk, cloud_control, report};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -108,6 +109,7 @@ impl Reply {
 pub(super) struct Lanes {
     shared: Arc<Shared>,
     room: Arc<Semaphore>,
+    bytes: Arc<Semaphore>,
     urgent_room: Arc<Semaphore>,
 }
 
@@ -133,6 +135,12 @@ struct Waiting {
     /// It came on Control, and goes before those that did not.
     urgent: bool,
     _place: Option<OwnedSemaphorePermit>,
+    _bytes: Option<OwnedSemaphorePermit>,
+}
+
+/// Reports are weighed in KiB.
+fn weight(report: &Report) -> u32 {
+    u32::try_from(report.encoded_len() / 1024 + 1).unwrap_or(u32::MAX)
 }
 
 impl Lanes {
@@ -146,22 +154,30 @@ impl Lanes {
         Self {
             shared: Arc::new(shared),
             room: Arc::new(Semaphore::new(ROOM)),
+            bytes: Arc::new(Semaphore::new(MAX_REPORT_BYTES_UNDER_WAY / 1024)),
             urgent_room: Arc::new(Semaphore::new(CONTROL_REPORT_WINDOW)),
         }
     }
 
     /// Queues a report; waits while there is no room, which holds back the edge.
     pub(super) async fn take(&self, report: Report, reply: Reply) {
-        let place = tokio::select! {
-            () = self.shared.session.over.cancelled() => return,
+        let weight = weight(&report);
+        let room = async {
+            let place = Arc::clone(&self.room).acquire_owned().await;
+            let bytes = Arc::clone(&self.bytes).acquire_many_owned(weight).await;
             // Never closed.
-            place = Arc::clone(&self.room).acquire_owned() => place.ok(),
+            (place.ok(), bytes.ok())
+        };
+        let (place, bytes) = tokio::select! {
+            () = self.shared.session.over.cancelled() => return,
+            both = room => both,
         };
         self.queue(Waiting {
             report,
             reply,
             urgent: false,
             _place: place,
+            _bytes: bytes,
         });
     }
 
@@ -177,6 +193,7 @@ impl Lanes {
             reply,
             urgent: true,
             _place: Some(place),
+            _bytes: None,
         });
         Ok(())
     }
@@ -238,7 +255,7 @@ impl Shared {
                 message,
             };
             // Before the answer: the edge may send the next one with it.
-            drop(next._place);
+            drop((next._place, next._bytes));
             if next.reply.send(result).await.is_err() {
                 return;
             }
@@ -398,6 +415,7 @@ mod tests {
                 reply: Reply::Bulk(mpsc::channel(1).0),
                 urgent: false,
                 _place: None,
+                _bytes: None,
             });
         }
         let mut next = || {

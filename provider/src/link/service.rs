@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::Stream;
 use jiff::Timestamp;
 use skerry_proto::SiteName;
+use skerry_proto::limits::{MAX_FEATURES, MAX_WORD_BYTES};
 use skerry_proto::link::Kind;
 use skerry_proto::link::{
     self, CloudBulk, CloudControl, ConfirmRequest, ConfirmResponse, EdgeBulk, EdgeControl, FEATURE_DIGEST,
@@ -74,6 +75,11 @@ impl LinkService {
     }
 
     fn greet(&self, peer: &SiteName, hello: &Hello) -> Result<u32, Status> {
+        if let Some(field) = oversized(hello) {
+            return Err(Status::invalid_argument(format!(
+                "Hello: {field} is longer than an edge daemon makes it"
+            )));
+        }
         if hello.site != peer.as_str() {
             return Err(Status::permission_denied(format!(
                 "the certificate is for site {peer:?}, but the daemon says that it is site {:?}; join again with a \
@@ -105,6 +111,43 @@ impl link_server::Link for LinkService {
         &self,
         request: Request<Streaming<EdgeControl>>,
     ) -> Result<Response<Self::ControlStream>, Status> {
+        let peer = peer_of(&request);
+        refused("Control", peer.as_ref(), self.take_control(request).await)
+    }
+
+    async fn bulk(
+        &self,
+        request: Request<Streaming<EdgeBulk>>,
+    ) -> Result<Response<Self::BulkStream>, Status> {
+        let peer = peer_of(&request);
+        refused("Bulk", peer.as_ref(), self.take_bulk(request).await)
+    }
+
+    async fn tunnel(
+        &self,
+        request: Request<Streaming<TunnelFrame>>,
+    ) -> Result<Response<Self::TunnelStream>, Status> {
+        let peer = peer_of(&request);
+        refused("Tunnel", peer.as_ref(), self.take_tunnel(request).await)
+    }
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
+        let peer = peer_of(&request);
+        refused("Renew", peer.as_ref(), self.take_renew(request).await)
+    }
+
+    async fn confirm(&self, request: Request<ConfirmRequest>) -> Result<Response<ConfirmResponse>, Status> {
+        let peer = peer_of(&request);
+        refused("Confirm", peer.as_ref(), self.take_confirm(request).await)
+    }
+}
+
+/// What each call does.
+impl LinkService {
+    async fn take_control(
+        &self,
+        request: Request<Streaming<EdgeControl>>,
+    ) -> Result<Response<Answers<CloudControl>>, Status> {
         let (peer, remote) = self.admitted(&request)?;
         let line = line_of(&request);
         let site = peer.site.clone();
@@ -175,10 +218,10 @@ impl link_server::Link for LinkService {
         Ok(Response::new(Box::pin(until_over(queue, session))))
     }
 
-    async fn bulk(
+    async fn take_bulk(
         &self,
         request: Request<Streaming<EdgeBulk>>,
-    ) -> Result<Response<Self::BulkStream>, Status> {
+    ) -> Result<Response<Answers<CloudBulk>>, Status> {
         let (peer, _) = self.declared(&request)?;
         let line = line_of(&request);
         let mut inbound = request.into_inner();
@@ -210,10 +253,10 @@ impl link_server::Link for LinkService {
         Ok(Response::new(Box::pin(until_over(queue, session))))
     }
 
-    async fn tunnel(
+    async fn take_tunnel(
         &self,
         request: Request<Streaming<TunnelFrame>>,
-    ) -> Result<Response<Self::TunnelStream>, Status> {
+    ) -> Result<Response<Answers<TunnelFrame>>, Status> {
         let (peer, _) = self.declared(&request)?;
         let mut inbound = request.into_inner();
         let Some(tunnel_frame::Frame::Open(open)) = first(&mut inbound).await?.frame else {
@@ -225,7 +268,7 @@ impl link_server::Link for LinkService {
         Ok(Response::new(self.deps.tunnels.accept(&peer.site, open, inbound)))
     }
 
-    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
+    async fn take_renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
         let (peer, _) = self.declared(&request)?;
         let (answer, issued) = self.deps.renewals.renew(&peer, &request.into_inner()).await?;
         let new = SitePeer {
@@ -238,7 +281,10 @@ impl link_server::Link for LinkService {
         Ok(Response::new(answer))
     }
 
-    async fn confirm(&self, request: Request<ConfirmRequest>) -> Result<Response<ConfirmResponse>, Status> {
+    async fn take_confirm(
+        &self,
+        request: Request<ConfirmRequest>,
+    ) -> Result<Response<ConfirmResponse>, Status> {
         let (peer, _) = self.admitted(&request)?;
         let noted = self.deps.renewals.used(&peer).await;
         noted.map_err(Status::unavailable)?;
@@ -324,6 +370,32 @@ impl LinkService {
         }
         Ok(session)
     }
+}
+
+/// The field of a greeting that is too long to be kept.
+fn oversized(hello: &Hello) -> Option<&'static str> {
+    let words = [
+        ("site", &hello.site),
+        ("version", &hello.version),
+        ("boot_id", &hello.boot_id),
+        ("store_id", &hello.store_id),
+        ("instance", &hello.instance),
+    ];
+    let long = |word: &String| word.len() > MAX_WORD_BYTES;
+    let word = words.into_iter().find(|(_, word)| long(word));
+    let features = hello.features.len() > MAX_FEATURES || hello.features.iter().any(long);
+    word.map(|(field, _)| field).or(features.then_some("features"))
+}
+
+/// Says who was refused what, and why.
+fn refused<T>(call: &'static str, peer: Option<&Peer>, answer: Result<T, Status>) -> Result<T, Status> {
+    if let Err(status) = &answer {
+        let site = peer.and_then(|peer| peer.site.as_ref());
+        let site = site.map_or("", |peer| peer.site.as_str());
+        let remote = peer.map(|peer| peer.remote);
+        tracing::info!(call, site, ?remote, code = ?status.code(), reason = status.message(), "a call was refused");
+    }
+    answer
 }
 
 /// Reads the control stream until the session is over or silent for too long.
@@ -418,6 +490,10 @@ fn until_over<T: Send + 'static>(
         }?;
         Some((message, (queue, session)))
     })
+}
+
+fn peer_of<T>(request: &Request<T>) -> Option<Peer> {
+    request.extensions().get::<Peer>().cloned()
 }
 
 /// The connection on which a call came.

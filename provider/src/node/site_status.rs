@@ -130,7 +130,7 @@ async fn warn(client: &Client, name: &SiteName, site: &Object, warning: Conditio
         last_unix_nanos: nanos,
         ..EventReport::default()
     };
-    let outcome = events::apply(client, name, &event).await;
+    let outcome = events::write(client, name, &event).await;
     tracing::debug!(site = %name, reason = event.reason, ?outcome, "an event about the Site");
 }
 

@@ -6,15 +6,66 @@ use kube::Client;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use skerry_proto::SiteName;
-use skerry_proto::link::EventReport;
-use skerry_proto::object::ContentHash;
+use skerry_proto::limits::MAX_EVENT_MESSAGE_BYTES;
+use skerry_proto::link::{EventReport, Kind};
+use skerry_proto::object::{ContentHash, ObjectKey, Uid};
 
+use super::mirrors;
+use crate::cluster::{Mirror, Object};
 use crate::link::reports::{Outcome, outcome_of};
 
 /// Creates the event, or raises its count when it is a repetition.
 ///
 /// The name is derived from what the event says, so that a replay after a lost acknowledgement changes nothing.
-pub async fn apply(client: &Client, site: &SiteName, report: &EventReport) -> Outcome {
+///
+/// A site speaks of its Node, its Site, its Devices and its pods, and of nothing else.
+pub async fn apply(client: &Client, mirror: &Mirror, site: &SiteName, report: &EventReport) -> Outcome {
+    if let Some(reason) = refusal(mirror, site, report) {
+        return Outcome::Dropped(reason.to_owned());
+    }
+    write(client, site, report).await
+}
+
+/// Why an event is not written. It says the same of what is not there and of what is somebody else's.
+fn refusal(mirror: &Mirror, site: &SiteName, report: &EventReport) -> Option<&'static str> {
+    if report.message.len() > MAX_EVENT_MESSAGE_BYTES {
+        return Some("the event's message is too long");
+    }
+    if !matches!(report.r#type.as_str(), "Normal" | "Warning") {
+        return Some("an event's type is Normal or Warning");
+    }
+    (!is_about_own(mirror, site, report)).then_some("the event is about nothing of this site's")
+}
+
+fn is_about_own(mirror: &Mirror, site: &SiteName, report: &EventReport) -> bool {
+    let uid = Uid::from(report.uid.as_str());
+    let in_its_place = |object: &Object| object.namespace == report.namespace && object.name == report.name;
+    match report.kind.as_str() {
+        "Node" | "Site" => report.namespace.is_empty() && report.name == site.as_str(),
+        "Device" => mirror
+            .devices_of(site)
+            .iter()
+            .any(|device| device.key.uid == uid && in_its_place(device)),
+        "Pod" => {
+            let key = ObjectKey { kind: Kind::Pod, uid };
+            if let Some(pod) = mirror.object(&key) {
+                return in_its_place(&pod) && pod.value["spec"]["nodeName"] == *site.as_str();
+            }
+            if mirror.departed_from(&key.uid).as_ref() == Some(site) {
+                return true;
+            }
+            // A static pod's UID is not its mirror's, and its first events come before its mirror.
+            mirrors::is_own_name(site, &report.name)
+                && mirror
+                    .named(Kind::Pod, &report.namespace, &report.name)
+                    .is_none_or(|pod| pod.value["spec"]["nodeName"] == *site.as_str())
+        }
+        _ => false,
+    }
+}
+
+/// Writes an event that has been looked at, or is the provider's own.
+pub(crate) async fn write(client: &Client, site: &SiteName, report: &EventReport) -> Outcome {
     // Events about cluster-scoped objects live in the default namespace.
     let namespace = if report.namespace.is_empty() {
         "default"
@@ -144,6 +195,59 @@ mod tests {
         assert_eq!(repetition(Some(1), &report).unwrap()["count"], 2);
         assert_eq!(repetition(Some(2), &report), None);
         assert_eq!(repetition(Some(3), &report), None);
+    }
+
+    #[test]
+    fn a_site_speaks_of_what_is_its_own_and_of_nothing_else() {
+        let mirror = Mirror::new();
+        let pod = |uid: &str, name: &str, node: &str| {
+            json!({"metadata": {"uid": uid, "name": name, "namespace": "ns"},
+                "spec": {"nodeName": node, "containers": []}})
+        };
+        mirror.apply(Kind::Pod, pod("own", "a", "harbour"));
+        mirror.apply(Kind::Pod, pod("theirs", "b", "quay"));
+        mirror.apply(Kind::Pod, pod("mirror", "c-harbour", "harbour"));
+        mirror.apply(Kind::Pod, pod("disguise", "d-harbour", "quay"));
+        let device = json!({"metadata": {"uid": "dev", "name": "d", "namespace": "ns"}, "status": {"nodeName": "quay"}});
+        mirror.apply(Kind::Device, device);
+        let site: SiteName = "harbour".parse().unwrap();
+        let about = |kind: &str, namespace: &str, name: &str, uid: &str| {
+            let report = EventReport {
+                kind: kind.to_owned(),
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+                uid: uid.to_owned(),
+                r#type: "Normal".to_owned(),
+                ..Default::default()
+            };
+            refusal(&mirror, &site, &report).is_none()
+        };
+        assert!(about("Pod", "ns", "a", "own"));
+        assert!(about("Node", "", "harbour", "harbour"));
+        assert!(about("Pod", "ns", "c-harbour", "static"));
+        assert!(about("Pod", "ns", "new-harbour", "static"));
+        for (kind, namespace, name, uid) in [
+            ("Pod", "ns", "b", "theirs"),
+            ("Pod", "ns", "b", "own"),
+            ("Pod", "elsewhere", "a", "own"),
+            ("Pod", "ns", "b", "made-up"),
+            ("Pod", "ns", "d-harbour", "static"),
+            ("Pod", "ns", "-harbour", "static"),
+            ("Node", "", "quay", "quay"),
+            ("Node", "kube-system", "harbour", "harbour"),
+            ("Site", "", "quay", "quay"),
+            ("Device", "ns", "d", "dev"),
+            ("Secret", "ns", "a", "own"),
+        ] {
+            assert!(
+                !about(kind, namespace, name, uid),
+                "{kind} {namespace}/{name} {uid}"
+            );
+        }
+        mirror.delete(Kind::Pod, &Uid::from("own"));
+        mirror.delete(Kind::Pod, &Uid::from("theirs"));
+        assert!(about("Pod", "ns", "a", "own"));
+        assert!(!about("Pod", "ns", "b", "theirs"));
     }
 
     #[test]

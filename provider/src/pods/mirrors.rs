@@ -19,6 +19,10 @@ const NO_NODE: &str = "the site's Node is not registered";
 ///
 /// A Pod of that name that is no mirror of this site is never touched.
 pub async fn apply(client: &Client, cluster: &Mirror, site: &SiteName, report: &MirrorPodReport) -> Outcome {
+    if !is_own_name(site, &report.name) {
+        let reason = "the name of a mirror pod ends with the name of its Node";
+        return Outcome::Dropped(reason.to_owned());
+    }
     let wanted = match wanted(cluster, site, report) {
         Ok(wanted) => wanted,
         Err(outcome) => return tell(client, site, report, outcome).await,
@@ -64,6 +68,13 @@ pub async fn apply(client: &Client, cluster: &Mirror, site: &SiteName, report: &
         Err(error) => outcome_of(&error),
     };
     tell(client, site, report, outcome).await
+}
+
+/// Static pods are named after their node: no site takes a name that could be somebody else's.
+pub(super) fn is_own_name(site: &SiteName, pod: &str) -> bool {
+    pod.strip_suffix(site.as_str())
+        .and_then(|stem| stem.strip_suffix('-'))
+        .is_some_and(|stem| !stem.is_empty())
 }
 
 /// What a Pod under the mirror's name is.
@@ -190,7 +201,7 @@ async fn tell(client: &Client, site: &SiteName, report: &MirrorPodReport, outcom
             last_unix_nanos: now,
             ..Default::default()
         };
-        if super::events::apply(client, site, &event).await != Outcome::Accepted {
+        if super::events::write(client, site, &event).await != Outcome::Accepted {
             tracing::warn!(%site, pod = %report.name, %reason, "a mirror pod cannot be made, nor can that be told");
         }
     }

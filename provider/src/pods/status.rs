@@ -65,13 +65,13 @@ pub async fn apply(
         return Outcome::Dropped(format!("the pod is not bound to site {site}"));
     }
     let newest = written.newest(&key.uid, &known.value);
-    // Untyped: the answer's status must read as the watch's does.
+    // Where the pod is, the cluster says and not the site. Untyped: the answer's status must read as the watch's does.
     let kind = ApiResource::erase::<Pod>(&());
-    let pods: Api<DynamicObject> = Api::namespaced_with(client.clone(), &report.namespace, &kind);
+    let pods: Api<DynamicObject> = Api::namespaced_with(client.clone(), &known.namespace, &kind);
     let mut deleting = newest["metadata"].get("deletionTimestamp").is_some();
     if let Some(patch) = status_patch(&reported, &newest["status"], &report.uid) {
         match pods
-            .patch_status(&report.name, &PatchParams::default(), &Patch::Strategic(&patch))
+            .patch_status(&known.name, &PatchParams::default(), &Patch::Strategic(&patch))
             .await
         {
             Ok(pod) => {
@@ -82,21 +82,21 @@ pub async fn apply(
         }
     }
     if report.finished && deleting {
-        return delete(&pods, report).await;
+        return delete(&pods, &known.name, &report.uid).await;
     }
     Outcome::Accepted
 }
 
-async fn delete(pods: &Api<DynamicObject>, report: &PodStatusReport) -> Outcome {
+async fn delete(pods: &Api<DynamicObject>, name: &str, uid: &str) -> Outcome {
     let params = DeleteParams {
         grace_period_seconds: Some(0),
         preconditions: Some(Preconditions {
-            uid: Some(report.uid.clone()),
+            uid: Some(uid.to_owned()),
             resource_version: None,
         }),
         ..Default::default()
     };
-    match pods.delete(&report.name, &params).await {
+    match pods.delete(name, &params).await {
         Ok(_) => Outcome::Accepted,
         // Gone, or already another pod of that name: what was wanted.
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Outcome::Accepted,
