@@ -407,6 +407,9 @@ struct Sink {
 #[tonic::async_trait]
 impl ReportSink for Sink {
     async fn take(&self, site: &SiteName, report: &Report) -> Outcome {
+        if let Some(field) = link::names::malformed(report) {
+            return Outcome::Dropped(format!("the report's {field} is no name of an object"));
+        }
         match &report.report {
             Some(report::Report::PodStatus(status)) => {
                 pods::status::apply(&self.client, &self.mirror, &self.written, site, status).await

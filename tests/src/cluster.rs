@@ -146,6 +146,25 @@ impl Cluster {
         self.provider.as_ref().map(Daemon::log_tail).unwrap_or_default()
     }
 
+    /// Whether the provider has logged that.
+    pub fn provider_said(&self, words: &str) -> bool {
+        self.provider
+            .as_ref()
+            .is_some_and(|daemon| daemon.log().contains(words))
+    }
+
+    /// The provider's resident memory.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn provider_memory_kib(&self) -> u64 {
+        let pid = self.provider.as_ref().expect("the provider runs").pid();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the provider runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        kib.and_then(|kib| kib.parse().ok()).expect("the kernel tells")
+    }
+
     fn provider_kubeconfig(&self) -> PathBuf {
         self.dir.join("provider.kubeconfig")
     }

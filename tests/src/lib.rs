@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod containerd;
 pub mod doorkeeper;
 pub mod fleet;
+pub mod hostile;
 pub mod kubectl;
 pub mod metrics_server;
 pub mod modbus;

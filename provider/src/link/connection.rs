@@ -70,8 +70,11 @@ enum Place {
 #[derive(Clone)]
 struct House {
     strangers: Arc<Semaphore>,
-    sites: Arc<Mutex<HashMap<SiteName, VecDeque<(u64, CancellationToken)>>>>,
+    sites: Arc<Mutex<HashMap<SiteName, Seats>>>,
 }
+
+/// A site's connections, oldest first: a number each, and what ends it.
+type Seats = VecDeque<(u64, CancellationToken)>;
 
 /// A site's connection in the [`House`].
 struct Seat {
@@ -108,7 +111,7 @@ impl House {
         (seat, token)
     }
 
-    fn sites(&self) -> MutexGuard<'_, HashMap<SiteName, VecDeque<(u64, CancellationToken)>>> {
+    fn sites(&self) -> MutexGuard<'_, HashMap<SiteName, Seats>> {
         // Every entry is whole at any moment.
         self.sites.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -161,9 +164,8 @@ pub fn serve(
             };
             match accepted {
                 Some(Ok((stream, remote))) => {
-                    if door.arrive(remote.ip().into(), (stream, remote)).is_some() {
-                        refused.inc();
-                    }
+                    let surplus = door.arrive(remote.ip().into(), (stream, remote));
+                    refused.inc_by(u64::from(surplus.is_some()));
                 }
                 Some(Err(error)) => {
                     tracing::warn!(%error, "the link listener cannot accept a connection");

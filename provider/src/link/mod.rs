@@ -15,6 +15,7 @@ mod connection;
 mod door;
 mod gate;
 pub mod lives;
+pub mod names;
 pub mod reports;
 mod service;
 pub mod sessions;

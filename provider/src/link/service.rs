@@ -238,6 +238,7 @@ impl LinkService {
         }
         let (outbound, queue) = mpsc::channel(BULK_QUEUE);
         let remembered = self.deps.sessions.recall(&session);
+        let farewell = outbound.clone();
         let bulk = Bulk::new(Arc::clone(&self.deps), session.clone(), remembered, outbound);
         let deps = Arc::clone(&self.deps);
         let task = session.clone();
@@ -246,6 +247,8 @@ impl LinkService {
             deps.sessions.remember(&task, tokens);
             if let Err(status) = ended {
                 tracing::info!(site = %task.peer.site, session = %task.id, %status, "the bulk stream ended");
+                // The edge should hear why, if it still reads.
+                let _ = farewell.try_send(Err(status));
             }
             // Neither half of a session is of use without the other.
             deps.sessions.end(&task, Timestamp::now());

@@ -11,6 +11,7 @@ mod details;
 mod devices;
 mod duties;
 mod enrolment;
+mod hostile;
 mod identity;
 mod images;
 mod kubelet_api;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         static_pods::scenarios(),
         store::scenarios(),
         local::scenarios(),
+        hostile::scenarios(),
         enrolment::scenarios(),
         identity::scenarios(),
         lifecycle::scenarios(),

@@ -226,7 +226,6 @@ fn age_tokens(site: &Site) -> usize {
                 hash: token.hash.0.to_vec().into(),
                 json_zstd: pack(&token.decode().unwrap()).unwrap().into(),
                 expires_unix: i64::try_from(soon).unwrap(),
-                ..Upsert::default()
             })
         })
         .collect();
