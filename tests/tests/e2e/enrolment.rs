@@ -296,10 +296,11 @@ fn anew(t: &Test<'_>) {
     );
     let seen = text(&out);
     assert!(!out.status.success() && seen.contains("earlier Site"), "{seen}");
-    // What was connected is told, and comes back to be refused.
+    // What was connected is told: of the deletion, or of both, by what the provider has seen first.
     eventually(SOON, "the daemon says why it is refused", || {
         let log = site.log_tail();
-        if log.contains("earlier Site") || log.contains("declared anew") {
+        let told = ["earlier Site", "declared anew", "the Site was deleted"];
+        if told.iter().any(|words| log.contains(words)) {
             Ok(())
         } else {
             Err(log)
