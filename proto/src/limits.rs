@@ -6,7 +6,7 @@ pub const MAX_OBJECT_BYTES: usize = 3 * 1024 * 1024;
 /// Largest gRPC message on the link, either way: one object, badly compressible, with its envelope.
 pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
 
-/// Longest name that a peer may give anything: a version, a boot, a store, a feature, a lane.
+/// Longest word in a greeting: a site, a version, a boot, a store, a feature.
 pub const MAX_WORD_BYTES: usize = 256;
 
 /// Most features that a peer may name.

@@ -1,6 +1,6 @@
 //! Strangers, and requests for certificates.
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, SanType};
+use rcgen::{CertificateParams, DnType, KeyPair, SanType};
 use skerry_proto::link::enrolment_client::EnrolmentClient;
 use skerry_proto::link::{
     ConfirmRequest, EdgeBulk, EdgeControl, JoinRequest, JoinResponse, RenewRequest, TunnelFrame,
@@ -65,19 +65,16 @@ pub(super) fn stranger(t: &Test<'_>) {
     book.close(9);
 }
 
-/// A request that asks for more than it may have.
+/// A request for names that it may not have.
 fn greedy(victim: &str) -> Vec<u8> {
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, victim);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let id = format!("spiffe://skerry.local/site/{victim}");
     params.subject_alt_names = vec![
         SanType::URI(id.try_into().unwrap()),
         SanType::DnsName("kubernetes.default.svc".try_into().unwrap()),
     ];
-    // rcgen does not put constraints into a request; the names are what counts.
-    params.is_ca = IsCa::NoCa;
     params.serialize_request(&key).unwrap().der().to_vec()
 }
 
